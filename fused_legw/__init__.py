@@ -1,0 +1,7 @@
+"""fused-legw: the LEGW schedule inside fused optimizer kernels, as drop-in torch.optim classes."""
+
+from . import reference
+from .schedule import LEGW, Constant, Cosine, Exponential, MultiStep, Polynomial
+
+__version__ = "0.1.0.dev0"
+__all__ = ["LEGW", "Constant", "Cosine", "Exponential", "MultiStep", "Polynomial", "reference"]
