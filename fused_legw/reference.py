@@ -61,10 +61,11 @@ class SGD(torch.optim.Optimizer):
         return loss
 
     def _update(self, p: Tensor, g: Tensor, lr: float, group: dict[str, Any]) -> None:
-        momentum, state = group["momentum"], self.state[p]
+        momentum = group["momentum"]
         if group["weight_decay"] != 0:
             g = g + group["weight_decay"] * p
         if momentum != 0:
+            state = self.state[p]
             if "momentum_buffer" not in state:
                 state["momentum_buffer"] = g.clone()
             else:
