@@ -1,0 +1,68 @@
+"""Launching the kernels: which dtypes, how many programs, with which options."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from triton.runtime.interpreter import InterpretedFunction
+
+from . import rules, skeleton
+
+SEGMENT_WIDTH: int = skeleton.SEGMENT_WIDTH.value
+GROUP_WIDTH: int = skeleton.GROUP_WIDTH.value
+INTERPRETED = isinstance(skeleton.step_kernel, InterpretedFunction)
+RULES: dict[str, Any] = {"sgd": rules.sgd}
+DTYPES: dict[torch.dtype, Any] = {
+    torch.float32: tl.float32,
+    torch.float64: tl.float64,
+    torch.float16: tl.float16,
+    torch.bfloat16: tl.bfloat16,
+}
+# Fusing a * b + c into one rounding would save nothing in a kernel that waits for memory, and would make its bits
+# depend on the target. Triton's default for this differs between versions.
+OPTIONS: dict[str, Any] = {"num_warps": 4, "enable_fp_fusion": False}
+
+
+@functools.cache
+def _most_programs(device: torch.device) -> int:
+    """Enough to fill the device, few enough that taking tickets costs nothing; a handful in the interpreter."""
+    if device.type != "cuda":
+        return 4
+    return 8 * torch.cuda.get_device_properties(device).multi_processor_count
+
+
+def step(
+    rule: str,
+    *,
+    segments: Tensor,
+    tiles: Tensor,
+    groups: Tensor,
+    milestones: Tensor,
+    counts: Tensor,
+    steps: Tensor,
+    ticket: Tensor,
+    state: Tensor | None,
+    master: Tensor | None,
+    param_dtype: torch.dtype,
+    grad_dtype: torch.dtype,
+    advance: bool,
+    tile: int,
+) -> None:
+    """Launch one optimizer step on the tensors' device and its current stream; the tables are the skeleton's.
+
+    advance: whether this is the step's last launch on the device, the one that advances `counts`.
+    """
+    device, n_tiles = segments.device, tiles.numel()
+    kernel = skeleton.step_kernel[(max(1, min(n_tiles, _most_programs(device))),)]
+    with torch.cuda.device(device if device.type == "cuda" else -1):
+        kernel(
+            segments, tiles, groups, milestones, counts, steps, ticket, state, master, n_tiles, steps.numel(),
+            RULE=RULES[rule], PARAM=DTYPES[param_dtype], GRAD=DTYPES[grad_dtype],
+            COMPUTE=tl.float64 if param_dtype == torch.float64 else tl.float32,
+            ADVANCE=advance, BLOCK=tile, **OPTIONS,
+        )  # fmt: skip
