@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import functools
+import struct
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -12,6 +14,7 @@ from torch import Tensor
 from triton.runtime.interpreter import InterpretedFunction
 
 from . import rules, skeleton
+from .scalars import Recipe
 
 SEGMENT_WIDTH: int = skeleton.SEGMENT_WIDTH.value
 GROUP_WIDTH: int = skeleton.GROUP_WIDTH.value
@@ -34,6 +37,25 @@ def _most_programs(device: torch.device) -> int:
     if device.type != "cuda":
         return 4
     return 8 * torch.cuda.get_device_properties(device).multi_processor_count
+
+
+def segment_row(p: Tensor, gradient: Tensor | None, first_tile: int, group: int) -> list[int]:
+    """A parameter's row in the segment table, in the order of the skeleton's columns."""
+    address, source = p.data_ptr(), 0 if gradient is None else gradient.data_ptr()
+    return [address, source, p.numel(), first_tile, group, int(address % 16 == 0 and source % 16 == 0)]
+
+
+def group_row(
+    recipe: Recipe, lr: Tensor | None, milestones: tuple[int, int], counted: bool, hyper: Sequence[float]
+) -> list[float]:
+    """A param group's row in the group table, in the order of the skeleton's columns.
+
+    lr: the device tensor to read the LR from, for the recipe kinds TENSOR32 and TENSOR64. milestones: begin and length
+    in the milestone table. counted: whether an update advances the tensor's own count. hyper: weight decay, momentum,
+    dampening, nesterov, sign.
+    """
+    address = struct.unpack("d", struct.pack("q", 0 if lr is None else lr.data_ptr()))[0]
+    return [*recipe, address, *milestones, counted, *hyper]
 
 
 def step(

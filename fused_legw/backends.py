@@ -1,0 +1,187 @@
+"""The two ways to run a step on the same flat buffers: Triton's kernels, or ATen's fused ones. One object per device."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from legw_kernels.scalars import FIXED, TENSOR32, TENSOR64, Recipe
+
+from .flat import MASTER, Bucket, compute_dtype
+from .schedule import LEGW
+from .table import Table
+
+if TYPE_CHECKING:
+    from .optimizer import FusedOptimizer
+
+Gradients = Sequence[Tensor | None]  # one per segment of a bucket, in the parameter's layout
+_LR_KINDS = {torch.float32: TENSOR32, torch.float64: TENSOR64}
+
+
+def has_triton() -> bool:
+    return importlib.util.find_spec("triton") is not None
+
+
+def interpreted() -> bool:
+    """Whether Triton's kernels run in its interpreter, on any device's tensors."""
+    return os.environ.get("TRITON_INTERPRET") == "1" and has_triton()
+
+
+def explain_backend(device: torch.device, wanted: str | None = None) -> tuple[str, str]:
+    """The backend a device's parameters get, and why; a ValueError where the wanted one cannot run there."""
+    if wanted not in (None, "triton", "aten"):
+        raise ValueError(f"backend must be 'triton', 'aten' or None, got {wanted!r}")
+    if wanted == "aten":
+        return "aten", "asked for"
+    if not has_triton():
+        problem = "triton is not installed"
+    elif interpreted():
+        return "triton", "TRITON_INTERPRET=1: the kernels run in Triton's interpreter"
+    elif device.type != "cuda":
+        problem = f"Triton's kernels need a GPU, not {device.type!r} tensors, unless TRITON_INTERPRET=1 is set"
+    elif torch.version.hip is None and torch.cuda.get_device_capability(device) < (8, 0):
+        problem = "the kernels need compute capability 8.0 or higher"
+    else:
+        return "triton", "a GPU that Triton compiles for"
+    if wanted == "triton":
+        raise ValueError(f"backend='triton' cannot run on {device}: {problem}")
+    return "aten", problem
+
+
+class TritonBackend:
+    """One launch per (parameter dtype, gradient dtype) and step; the LR and all counts stay on the device."""
+
+    name = "triton"
+
+    def __init__(self, buckets: Sequence[Bucket], groups: Sequence[dict[str, Any]], steps_applied: int) -> None:
+        device = buckets[0].device
+        self.buckets = buckets
+        self.counts = torch.tensor([steps_applied], dtype=torch.int64, device=device)
+        self._milestones, milestones = [], list[int]()
+        for group in groups:
+            passed = group["schedule"].milestones if group["schedule"] else ()
+            self._milestones.append((len(milestones), len(passed)))
+            milestones += passed
+        self._milestone_table = torch.tensor(milestones or [0], dtype=torch.int64, device=device)
+        self._group_table: Table | None = None
+        self._segment_tables: dict[tuple[int, torch.dtype], tuple[Table, Tensor]] = {}
+
+    def step(self, optimizer: FusedOptimizer, gradients: Sequence[Gradients], *, advance: bool) -> None:
+        """gradients: one list per bucket. advance: whether this step counts as applied."""
+        from legw_kernels import launch
+
+        groups = self._write_groups(optimizer)
+        launches = [
+            (i, dtype) for i, some in enumerate(gradients) for dtype in sorted({g.dtype for g in some if g is not None}, key=str)
+        ]
+        for i, dtype in launches or [(0, self.buckets[0].dtype)]:
+            bucket = self.buckets[i]
+            rows = list[int]()
+            for segment, g in zip(bucket.segments, gradients[i], strict=True):
+                g = g if g is not None and g.dtype == dtype else None
+                rows += launch.segment_row(segment.param, g, segment.first_tile, segment.group)
+            table, ticket = self._segment_table(i, dtype, len(rows))
+            launch.step(
+                optimizer._rule,
+                segments=table.write(rows),
+                tiles=bucket.tiles,
+                groups=groups,
+                milestones=self._milestone_table,
+                counts=self.counts,
+                steps=bucket.steps,
+                ticket=ticket,
+                state=bucket.state.get(optimizer._states[0]),
+                master=bucket.state.get(MASTER),
+                param_dtype=bucket.dtype,
+                grad_dtype=dtype,
+                advance=advance and (i, dtype) == (launches or [(i, dtype)])[-1],
+                tile=bucket.tile,
+            )
+
+    def _segment_table(self, bucket: int, dtype: torch.dtype, numel: int) -> tuple[Table, Tensor]:
+        key = bucket, dtype
+        if key not in self._segment_tables:
+            device = self.counts.device
+            table = Table(numel, torch.int64, device)
+            self._segment_tables[key] = table, torch.zeros(1, dtype=torch.int32, device=device)
+        return self._segment_tables[key]
+
+    def _write_groups(self, optimizer: FusedOptimizer) -> Tensor:
+        from legw_kernels import launch
+
+        rows = list[float]()
+        for group, milestones in zip(optimizer.param_groups, self._milestones, strict=True):
+            lr, schedule = group["lr"], group["schedule"]
+            tensor = lr if isinstance(lr, Tensor) and schedule is None and lr.device == self.counts.device else None
+            if schedule is not None:
+                recipe = schedule.recipe
+            elif tensor is not None and tensor.dtype in _LR_KINDS:
+                recipe = Recipe(_LR_KINDS[tensor.dtype])
+            else:
+                recipe = Recipe(FIXED, float(lr))
+            rows += launch.group_row(recipe, tensor, milestones, bool(optimizer._used_states(group)), optimizer._hyper(group))
+        if self._group_table is None:
+            self._group_table = Table(len(rows), torch.float64, self.counts.device, shared=True)
+        return self._group_table.write(rows)
+
+
+class AtenBackend:
+    """ATen's fused kernels over lists of the same tensors; counts and LR on the host."""
+
+    name = "aten"
+
+    def __init__(self, buckets: Sequence[Bucket], groups: Sequence[dict[str, Any]], steps_applied: int) -> None:
+        self.buckets = buckets
+        self.counts = torch.tensor([steps_applied], dtype=torch.int64)
+
+    def step(self, optimizer: FusedOptimizer, gradients: Sequence[Gradients], *, advance: bool) -> None:
+        """gradients: one list per bucket. advance: whether this step counts as applied."""
+        t = int(self.counts)
+        for bucket, some in zip(self.buckets, gradients, strict=True):
+            counts = bucket.steps.tolist()
+            for index, group in enumerate(optimizer.param_groups):
+                lr = group["schedule"](t) if isinstance(group["schedule"], LEGW) else float(group["lr"])
+                for first in (True, False):
+                    chosen = [
+                        i
+                        for i, (segment, g) in enumerate(zip(bucket.segments, some, strict=True))
+                        if g is not None and segment.group == index and (counts[i] == 0) == first
+                    ]
+                    if chosen:
+                        self._update(optimizer, bucket, chosen, [some[i] for i in chosen], lr, group, first)  # type: ignore[misc]
+        if advance:
+            self.counts += 1
+
+    def _update(
+        self, optimizer: FusedOptimizer, bucket: Bucket, chosen: list[int], gradients: list[Tensor], lr: float,
+        group: dict[str, Any], first: bool,
+    ) -> None:  # fmt: skip
+        params = [bucket.segments[i].param for i in chosen]
+        used = optimizer._used_states(group)
+        states = [[bucket.segments[i].state[name] for i in chosen] for name in used]
+        compute = compute_dtype(bucket.dtype)
+        weights: list[Tensor] = params
+        if bucket.dtype != compute:
+            weights = [self._synced_master(bucket, i) for i in chosen]
+        gradients = [g.to(compute) for g in gradients]
+        optimizer._aten(weights, gradients, states, lr, group, first)
+        if bucket.dtype != compute:
+            torch._foreach_copy_(params, weights)
+        if used:
+            bucket.steps[chosen] += 1
+
+    @staticmethod
+    def _synced_master(bucket: Bucket, i: int) -> Tensor:
+        """The segment's master; where the weight is not its rounding, it was changed from outside, and it counts."""
+        p, master = bucket.segments[i].param, bucket.segments[i].state.get(MASTER)
+        if master is None:
+            return p.float()
+        return torch.where(master.to(p.dtype) == p, master, p, out=master)
+
+
+BACKENDS = {backend.name: backend for backend in (TritonBackend, AtenBackend)}

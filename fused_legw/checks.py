@@ -1,0 +1,56 @@
+"""What the optimizers refuse, said before anything has changed."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
+
+
+def is_dense(p: Tensor) -> bool:
+    """Whether the elements fill one span of memory, each once, in any order (channels_last and transposed are dense)."""
+    # empty_like keeps the strides of exactly these tensors.
+    return p.numel() == 0 or torch.empty_like(p, device="meta").stride() == p.stride()
+
+
+def check_parameter(name: str, p: Tensor) -> None:
+    if isinstance(p, torch.nn.parameter.UninitializedTensorMixin):
+        raise ValueError(f"{name} is uninitialized: run a forward pass before making the optimizer")
+    _check_plain(name, p)
+    if p.device.type == "meta":
+        raise ValueError(f"{name} is on the meta device: materialize it before making the optimizer")
+    if not is_dense(p):
+        raise ValueError(f"{name} is not dense: shape {tuple(p.shape)} with strides {p.stride()}; pass a contiguous tensor")
+
+
+def check_overlaps(named: Sequence[tuple[str, Tensor]]) -> None:
+    """Two updates of the same bytes have no meaning. Disjoint views of one storage are fine."""
+    spans = sorted(
+        (str(p.device), p.data_ptr(), p.data_ptr() + p.numel() * p.element_size(), name) for name, p in named if p.numel()
+    )
+    for (device, _, end, name), (other_device, start, _, other) in zip(spans, spans[1:], strict=False):
+        if device == other_device and start < end:
+            raise ValueError(f"{name} and {other} share memory: pass one of them, or clone one")
+
+
+def check_gradient(name: str, p: Tensor) -> None:
+    gradient = p.grad
+    if gradient is not None:
+        _check_plain(f"{name}.grad", gradient)
+        if gradient.device != p.device or gradient.shape != p.shape:
+            raise RuntimeError(
+                f"{name}.grad has shape {tuple(gradient.shape)} on {gradient.device}, "
+                f"its parameter {tuple(p.shape)} on {p.device}"
+            )
+
+
+def _check_plain(name: str, x: Tensor) -> None:
+    if type(x).__torch_dispatch__ is not Tensor.__torch_dispatch__:
+        raise TypeError(f"{name} is a {type(x).__name__}: sharded and other subclass tensors are not supported")
+    if x.layout != torch.strided:
+        raise RuntimeError(f"{name} has layout {x.layout}: sparse tensors are not supported, only torch.strided")
+    if x.dtype not in DTYPES:
+        raise TypeError(f"{name} has dtype {x.dtype}: supported are {', '.join(map(str, DTYPES))}")

@@ -1,0 +1,122 @@
+"""Flat buffers: the parameters of one (device, dtype) and their state, each tensor a segment that starts on a tile.
+
+A segment's parameter lives in the bucket's weight buffer, or stays where it is: with flatten=False, and where it is part
+of a larger storage (cuDNN's RNN weights, DDP or user buffers), whose other owner would be left with a stale copy. State
+and masters always live in flat buffers of ours. Kernels reach parameters and gradients by address, so both kinds are
+updated by the same launch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+MASTER = "master_param"
+
+
+@dataclass
+class Segment:
+    """One parameter's place in its bucket."""
+
+    param: Tensor
+    group: int  # index into param_groups
+    first_tile: int
+    place: tuple[object, ...] = ()  # where the parameter was when adopted: see `place_of`
+    state: dict[str, Tensor] = field(default_factory=dict)  # live views with the parameter's shape and strides
+    used: set[str] = field(default_factory=set)  # names of those that updates so far have needed
+    shown: set[str] = field(default_factory=set)  # names of those that optimizer.state holds
+
+    @property
+    def moved(self) -> bool:
+        """Whether the parameter's memory is no longer what was adopted: `model.to`, `p.data = ...`."""
+        return place_of(self.param) != self.place
+
+
+def place_of(p: Tensor) -> tuple[object, ...]:
+    return p.data_ptr(), p.dtype, p.device, p.shape, p.stride()
+
+
+def compute_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype of arithmetic, state and masters for parameters of `dtype`."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def may_move(p: Tensor) -> bool:
+    """Whether nothing but the parameter itself can hold its storage by another view or from another process."""
+    whole = p.untyped_storage().nbytes() == p.numel() * p.element_size()
+    return whole and not (p.device.type == "cpu" and p.is_shared())
+
+
+class Bucket:
+    """The parameters of one (device, dtype).
+
+    segments: one per parameter, in param-group order. tiles: int32, the segment each tile belongs to. steps: int64, each
+    segment's counted updates; both on tables_device. weights: the flat buffer of the parameters that may move, or None.
+    state: flat buffers by name, in the compute dtype; float32 masters of low-precision parameters are the one named
+    "master_param".
+    """
+
+    def __init__(self, params: Sequence[tuple[Tensor, int]], tile: int, tables_device: torch.device) -> None:
+        first = params[0][0]
+        self.device, self.dtype, self.tile = first.device, first.dtype, tile
+        self.segments: list[Segment] = []
+        owner: list[int] = []
+        for i, (p, group) in enumerate(params):
+            self.segments.append(Segment(p, group, len(owner)))
+            owner += [i] * self._tiles_of(p)
+        self.tiles = torch.tensor(owner, dtype=torch.int32).to(tables_device)
+        self.steps = torch.zeros(len(params), dtype=torch.int64, device=tables_device)
+        self.weights: Tensor | None = None
+        self.state: dict[str, Tensor] = {}
+
+    def _tiles_of(self, p: Tensor) -> int:
+        return -(-p.numel() // self.tile)
+
+    def add_state(self, name: str) -> None:
+        """A flat buffer for one kind of state, and each segment's view of it; zero, but for the masters."""
+        if name in self.state:
+            return
+        size = self.tiles.numel() * self.tile
+        self.state[name] = torch.zeros(size, dtype=compute_dtype(self.dtype), device=self.device)
+        for segment in self.segments:
+            p = segment.param
+            segment.state[name] = self.state[name].as_strided(p.shape, p.stride(), segment.first_tile * self.tile)
+            if name == MASTER:
+                segment.state[name].copy_(p)
+                segment.used.add(name)
+
+    def adopt(self, *, flatten: bool) -> None:
+        """Point the parameters that may move into one buffer (if flatten), and note where each one is.
+
+        Peak memory: the buffer beside the parameters, whose old storages are then let go one by one.
+        """
+        movable = [segment.param for segment in self.segments if flatten and may_move(segment.param)]
+        if movable:
+            size = sum(map(self._tiles_of, movable)) * self.tile
+            self.weights = torch.zeros(size, dtype=self.dtype, device=self.device)
+        offset = 0
+        for p in movable:
+            assert self.weights is not None
+            p.data = self.weights.as_strided(p.shape, p.stride(), offset).copy_(p)
+            offset += self._tiles_of(p) * self.tile
+        for segment in self.segments:
+            segment.place = place_of(segment.param)
+
+    def unflatten(self) -> None:
+        """Give the parameters that live in `weights` storages of their own."""
+        for segment in self.segments:
+            p = segment.param
+            if self.weights is not None and p.untyped_storage().data_ptr() == self.weights.data_ptr():
+                p.data = p.data.clone(memory_format=torch.preserve_format)
+                segment.place = place_of(p)
+        self.weights = None
+
+
+def in_layout_of(p: Tensor, gradient: Tensor) -> Tensor:
+    """The gradient with its parameter's strides: itself, or a copy where it is expanded, transposed, sliced, ..."""
+    if gradient.stride() == p.stride() or (gradient.is_contiguous() and p.is_contiguous()):
+        return gradient
+    return torch.empty_strided(p.shape, p.stride(), dtype=gradient.dtype, device=gradient.device).copy_(gradient)

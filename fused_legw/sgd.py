@@ -1,0 +1,118 @@
+"""SGD with momentum, fused with its LEGW schedule."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .optimizer import FusedOptimizer
+from .schedule import LEGW
+
+
+class SGD(FusedOptimizer):
+    """Drop-in for `torch.optim.SGD`: the same arguments, defaults and results, and `lr` may be a `LEGW` schedule.
+
+    For a parameter w with gradient g: g += weight_decay * w; m = g at the first update, then momentum * m + (1 - dampening)
+    * g; d = g + momentum * m with nesterov, else m; w -= lr * d (Sutskever et al. 2013, in torch's form).
+
+    Args:
+        params: parameters, named parameters, or param groups, each of which may set any of the options below.
+        lr: a number, a 1-element tensor (driven by torch's LR schedulers as usual), or a `LEGW` schedule, whose LR the
+            step works out itself from the number of updates applied so far.
+        momentum, dampening, weight_decay, nesterov, maximize: as in torch.optim.SGD.
+        foreach, fused: accepted and ignored. differentiable: must be False.
+        backend: "triton", "aten", or None for Triton on GPUs and ATen elsewhere.
+        flatten: let parameters live in one flat buffer per (device, dtype) (True), or where they are.
+        master_weights: keep float32 masters of float16 and bfloat16 parameters; state is float32 either way.
+        tile: elements a Triton program updates at a time, a power of two; state is padded to it, per tensor.
+
+    Raises:
+        ValueError, TypeError: naming the argument or parameter and its value, before anything has changed.
+
+    >>> import torch
+    >>> from fused_legw import LEGW, SGD
+    >>> model = torch.nn.Linear(4, 2)
+    >>> schedule = LEGW(0.1, 16, 0.5, batch_size=512, dataset_size=1280)
+    >>> optimizer = SGD(model.parameters(), lr=schedule, momentum=0.9)
+    >>> model(torch.ones(512, 4)).square().mean().backward()
+    >>> optimizer.step()
+    >>> optimizer.steps_applied, optimizer.get_last_lr() == [schedule(0)]
+    (1, True)
+    """
+
+    _rule = "sgd"
+    _states = ("momentum_buffer",)
+
+    def __init__(
+        self,
+        params: Iterable[Any],
+        lr: float | Tensor | LEGW = 1e-3,
+        momentum: float = 0,
+        dampening: float = 0,
+        weight_decay: float = 0,
+        nesterov: bool = False,
+        *,
+        maximize: bool = False,
+        foreach: bool | None = None,
+        differentiable: bool = False,
+        fused: bool | None = None,
+        backend: str | None = None,
+        flatten: bool = True,
+        master_weights: bool = True,
+        tile: int = 1024,
+    ) -> None:
+        defaults = dict(
+            lr=lr,
+            momentum=momentum,
+            dampening=dampening,
+            weight_decay=weight_decay,
+            nesterov=nesterov,
+            maximize=maximize,
+            foreach=foreach,
+            differentiable=differentiable,
+            fused=fused,
+        )
+        super().__init__(params, defaults, backend=backend, flatten=flatten, master_weights=master_weights, tile=tile)
+
+    @staticmethod
+    def _check_group(group: dict[str, Any]) -> None:
+        lr, momentum, weight_decay = group["lr"], group["momentum"], group["weight_decay"]
+        if isinstance(lr, Tensor) and lr.numel() != 1:
+            raise ValueError("Tensor lr must be 1-element")
+        if not isinstance(lr, LEGW) and not lr >= 0.0:
+            raise ValueError(f"Invalid learning rate: {lr}")
+        if not momentum >= 0.0:
+            raise ValueError(f"Invalid momentum value: {momentum}")
+        if not weight_decay >= 0.0:
+            raise ValueError(f"Invalid weight_decay value: {weight_decay}")
+        if group["nesterov"] and (momentum <= 0 or group["dampening"] != 0):
+            raise ValueError("Nesterov momentum requires a momentum and zero dampening")
+
+    @staticmethod
+    def _used_states(group: dict[str, Any]) -> tuple[str, ...]:
+        return ("momentum_buffer",) if group["momentum"] != 0 else ()
+
+    @staticmethod
+    def _hyper(group: dict[str, Any]) -> tuple[float, ...]:
+        flags = float(group["nesterov"]), -1.0 if group["maximize"] else 1.0
+        return (float(group["weight_decay"]), float(group["momentum"]), float(group["dampening"]), *flags)
+
+    @staticmethod
+    def _aten(
+        params: list[Tensor], grads: list[Tensor], states: list[list[Tensor]], lr: float, group: dict[str, Any], first: bool
+    ) -> None:
+        torch._fused_sgd_(
+            params,
+            grads,
+            states[0] if states else [],
+            weight_decay=float(group["weight_decay"]),
+            momentum=float(group["momentum"]),
+            lr=lr,
+            dampening=float(group["dampening"]),
+            nesterov=bool(group["nesterov"]),
+            maximize=bool(group["maximize"]),
+            is_first_step=first,
+        )
