@@ -77,7 +77,9 @@ class TritonBackend:
 
         groups = self._write_groups(optimizer)
         launches = [
-            (i, dtype) for i, some in enumerate(gradients) for dtype in sorted({g.dtype for g in some if g is not None}, key=str)
+            (i, dtype)
+            for i, some in enumerate(gradients)
+            for dtype in sorted({g.dtype for g in some if g is not None}, key=str)
         ]
         for i, dtype in launches or [(0, self.buckets[0].dtype)]:
             bucket = self.buckets[i]
@@ -124,7 +126,9 @@ class TritonBackend:
                 recipe = Recipe(_LR_KINDS[tensor.dtype])
             else:
                 recipe = Recipe(FIXED, float(lr))
-            rows += launch.group_row(recipe, tensor, milestones, bool(optimizer._used_states(group)), optimizer._hyper(group))
+            rows += launch.group_row(
+                recipe, tensor, milestones, bool(optimizer._used_states(group)), optimizer._hyper(group)
+            )
         if self._group_table is None:
             self._group_table = Table(len(rows), torch.float64, self.counts.device, shared=True)
         return self._group_table.write(rows)

@@ -39,7 +39,9 @@ def pack(optimizer: FusedOptimizer, state_dict: StateDict) -> StateDict:
         # A tensor that has not been updated has no state in torch's eyes; its buffer is all zeros.
         unused = optimizer._states if key in index and counts.get(index[key], 1) == 0 else ()
         state[key] = {
-            name: value.clone() if isinstance(value, Tensor) else value for name, value in values.items() if name not in unused
+            name: value.clone() if isinstance(value, Tensor) else value
+            for name, value in values.items()
+            if name not in unused
         }
     groups = [
         {**group, "schedule": group["schedule"] and group["schedule"].to_dict(), "steps_applied": steps_applied}

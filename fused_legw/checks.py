@@ -23,13 +23,17 @@ def check_parameter(name: str, p: Tensor) -> None:
     if p.device.type == "meta":
         raise ValueError(f"{name} is on the meta device: materialize it before making the optimizer")
     if not is_dense(p):
-        raise ValueError(f"{name} is not dense: shape {tuple(p.shape)} with strides {p.stride()}; pass a contiguous tensor")
+        raise ValueError(
+            f"{name} is not dense: shape {tuple(p.shape)} with strides {p.stride()}; pass a contiguous tensor"
+        )
 
 
 def check_overlaps(named: Sequence[tuple[str, Tensor]]) -> None:
     """Two updates of the same bytes have no meaning. Disjoint views of one storage are fine."""
     spans = sorted(
-        (str(p.device), p.data_ptr(), p.data_ptr() + p.numel() * p.element_size(), name) for name, p in named if p.numel()
+        (str(p.device), p.data_ptr(), p.data_ptr() + p.numel() * p.element_size(), name)
+        for name, p in named
+        if p.numel()
     )
     for (device, _, end, name), (other_device, start, _, other) in zip(spans, spans[1:], strict=False):
         if device == other_device and start < end:

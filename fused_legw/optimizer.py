@@ -41,7 +41,12 @@ class FusedOptimizer(torch.optim.Optimizer):
 
     @staticmethod
     def _aten(
-        params: list[Tensor], grads: list[Tensor], states: list[list[Tensor]], lr: float, group: dict[str, Any], first: bool
+        params: list[Tensor],
+        grads: list[Tensor],
+        states: list[list[Tensor]],
+        lr: float,
+        group: dict[str, Any],
+        first: bool,
     ) -> None:
         """One update of these tensors by ATen; first: of each it is the first counted one."""
         raise NotImplementedError
@@ -149,7 +154,9 @@ class FusedOptimizer(torch.optim.Optimizer):
         """(name, parameter, group) of all parameters, checked."""
         named = []
         for i, group in enumerate(self.param_groups):
-            names = group.get("param_names") or [f"param_groups[{i}]['params'][{j}]" for j in range(len(group["params"]))]
+            names = group.get("param_names") or [
+                f"param_groups[{i}]['params'][{j}]" for j in range(len(group["params"]))
+            ]
             named += [(name, p, i) for name, p in zip(names, group["params"], strict=True)]
         for name, p, group_index in named:
             checks.check_parameter(name, p)
@@ -212,13 +219,17 @@ class FusedOptimizer(torch.optim.Optimizer):
     def _state_changed(self, segment: flat.Segment) -> bool:
         """Whether someone else replaced, added or removed entries of `self.state`."""
         state = self.state.get(segment.param, {})
-        return any(state.get(name) is not (view if name in segment.shown else None) for name, view in segment.state.items())
+        return any(
+            state.get(name) is not (view if name in segment.shown else None) for name, view in segment.state.items()
+        )
 
     def _stale(self) -> bool:
         """Whether anything is not where it was when adopted. Every step asks, so this allocates nothing."""
         if any(group["schedule"] is not known for group, known in zip(self.param_groups, self._schedules, strict=True)):
             return True
-        return any(segment.moved or self._state_changed(segment) for bucket in self._buckets for segment in bucket.segments)
+        return any(
+            segment.moved or self._state_changed(segment) for bucket in self._buckets for segment in bucket.segments
+        )
 
     def unflatten(self) -> None:
         """Give every parameter a storage of its own again; state stays flat, and later steps work as before."""
@@ -302,13 +313,20 @@ class FusedOptimizer(torch.optim.Optimizer):
 
     def __getstate__(self) -> dict[str, Any]:
         state = {p: {k: v.clone() if isinstance(v, Tensor) else v for k, v in s.items()} for p, s in self.state.items()}
-        return {**super().__getstate__(), "state": state, "_options": self._options, "_steps_applied": self.steps_applied}
+        return {
+            **super().__getstate__(),
+            "state": state,
+            "_options": self._options,
+            "_steps_applied": self.steps_applied,
+        }
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Called by load_state_dict with state and param_groups, by copying and unpickling with everything."""
         state = dict(state)
         copied = "_options" in state
-        steps = {group.pop("steps_applied", None) for group in state["param_groups"]} | {state.pop("_steps_applied", None)}
+        steps = {group.pop("steps_applied", None) for group in state["param_groups"]} | {
+            state.pop("_steps_applied", None)
+        }
         steps_applied = max(steps - {None}, default=None)
         if steps_applied is None:
             steps_applied = self.steps_applied

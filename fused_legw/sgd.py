@@ -102,7 +102,12 @@ class SGD(FusedOptimizer):
 
     @staticmethod
     def _aten(
-        params: list[Tensor], grads: list[Tensor], states: list[list[Tensor]], lr: float, group: dict[str, Any], first: bool
+        params: list[Tensor],
+        grads: list[Tensor],
+        states: list[list[Tensor]],
+        lr: float,
+        group: dict[str, Any],
+        first: bool,
     ) -> None:
         torch._fused_sgd_(
             params,

@@ -1,0 +1,52 @@
+"""Where the tests run. Two gates, in two processes, because TRITON_INTERPRET is read when a kernel is decorated:
+
+    TRITON_INTERPRET=1 pytest -m "not codegen"    values, on any machine
+    pytest -m codegen                             legality and width of the compiled code, on any Linux machine
+
+On a machine with a GPU plain `pytest` runs everything on it.
+"""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+import torch
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+DEVICE = "cuda" if torch.cuda.is_available() and not INTERPRETED else "cpu"
+HAS_TRITON = INTERPRETED or DEVICE == "cuda"
+
+torch.set_num_threads(2)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if INTERPRETED and "codegen" in item.keywords:
+            item.add_marker(pytest.mark.skip(reason="the interpreter compiles nothing"))
+
+
+@pytest.fixture
+def device() -> str:
+    return DEVICE
+
+
+@pytest.fixture(params=["triton", "aten"])
+def backend(request: pytest.FixtureRequest) -> str:
+    """Both backends, where they can run on `device`."""
+    if request.param == "triton" and not HAS_TRITON:
+        pytest.skip("Triton's kernels need a GPU or TRITON_INTERPRET=1")
+    return request.param
+
+
+@pytest.fixture
+def triton_device(device: str) -> str:
+    """A device whose tensors Triton's kernels can update."""
+    if not HAS_TRITON:
+        pytest.skip("Triton's kernels need a GPU or TRITON_INTERPRET=1")
+    return device
+
+
+@pytest.fixture(autouse=True)
+def _seed() -> None:
+    torch.manual_seed(0)
