@@ -1,4 +1,4 @@
-"""The two ways to run a step on the same flat buffers: Triton's kernels, or ATen's fused ones. One object per device."""
+"""The two ways to run a step on the same flat buffers: Triton's kernels or ATen's fused ones. An object per device."""
 
 from __future__ import annotations
 
@@ -81,7 +81,9 @@ class TritonBackend:
             for i, some in enumerate(gradients)
             for dtype in sorted({g.dtype for g in some if g is not None}, key=str)
         ]
-        for i, dtype in launches or [(0, self.buckets[0].dtype)]:
+        # A device without any gradient still advances its count, beside the others.
+        launches = launches or [(0, self.buckets[0].dtype)]
+        for i, dtype in launches:
             bucket = self.buckets[i]
             rows = list[int]()
             for segment, g in zip(bucket.segments, gradients[i], strict=True):
@@ -101,7 +103,7 @@ class TritonBackend:
                 master=bucket.state.get(MASTER),
                 param_dtype=bucket.dtype,
                 grad_dtype=dtype,
-                advance=advance and (i, dtype) == (launches or [(i, dtype)])[-1],
+                advance=advance and (i, dtype) == launches[-1],
                 tile=bucket.tile,
             )
 

@@ -3,21 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import pairwise
 
 import torch
 from torch import Tensor
+from torch.nn.parameter import UninitializedParameter
 
 DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 
 
 def is_dense(p: Tensor) -> bool:
-    """Whether the elements fill one span of memory, each once, in any order (channels_last and transposed are dense)."""
+    """Whether the elements fill one span of memory, each once, in any order: channels_last and transposed are dense."""
     # empty_like keeps the strides of exactly these tensors.
     return p.numel() == 0 or torch.empty_like(p, device="meta").stride() == p.stride()
 
 
 def check_parameter(name: str, p: Tensor) -> None:
-    if isinstance(p, torch.nn.parameter.UninitializedTensorMixin):
+    if isinstance(p, UninitializedParameter):
         raise ValueError(f"{name} is uninitialized: run a forward pass before making the optimizer")
     _check_plain(name, p)
     if p.device.type == "meta":
@@ -35,9 +37,18 @@ def check_overlaps(named: Sequence[tuple[str, Tensor]]) -> None:
         for name, p in named
         if p.numel()
     )
-    for (device, _, end, name), (other_device, start, _, other) in zip(spans, spans[1:], strict=False):
+    for (device, _, end, name), (other_device, start, _, other) in pairwise(spans):
         if device == other_device and start < end:
             raise ValueError(f"{name} and {other} share memory: pass one of them, or clone one")
+
+
+def check_lr(lr: object, name: str, p: Tensor) -> None:
+    """A tensor LR on a GPU is read there, by the kernel; one on the CPU is a number."""
+    if isinstance(lr, Tensor) and lr.device.type != "cpu":
+        if lr.device != p.device:
+            raise ValueError(f"lr is a tensor on {lr.device}, but {name} is on {p.device}")
+        if lr.dtype not in (torch.float32, torch.float64):
+            raise TypeError(f"lr is a tensor of {lr.dtype}: on a GPU it must be torch.float32 or torch.float64")
 
 
 def check_gradient(name: str, p: Tensor) -> None:

@@ -1,9 +1,9 @@
 """Flat buffers: the parameters of one (device, dtype) and their state, each tensor a segment that starts on a tile.
 
-A segment's parameter lives in the bucket's weight buffer, or stays where it is: with flatten=False, and where it is part
-of a larger storage (cuDNN's RNN weights, DDP or user buffers), whose other owner would be left with a stale copy. State
-and masters always live in flat buffers of ours. Kernels reach parameters and gradients by address, so both kinds are
-updated by the same launch.
+A segment's parameter lives in the bucket's weight buffer, or stays where it is: with flatten=False, and where it is
+part of a larger storage (cuDNN's RNN weights, a user's own buffer), whose other owner would be left with a stale copy.
+State and masters always live in flat buffers of ours. Kernels reach parameters and gradients by address, so both kinds
+are updated by the same launch.
 """
 
 from __future__ import annotations
@@ -53,10 +53,10 @@ def may_move(p: Tensor) -> bool:
 class Bucket:
     """The parameters of one (device, dtype).
 
-    segments: one per parameter, in param-group order. tiles: int32, the segment each tile belongs to. steps: int64, each
-    segment's counted updates; both on tables_device. weights: the flat buffer of the parameters that may move, or None.
-    state: flat buffers by name, in the compute dtype; float32 masters of low-precision parameters are the one named
-    "master_param".
+    segments: one per parameter, in param-group order. tiles: int32, the segment each tile belongs to. steps: int64,
+    each segment's counted updates; both on tables_device. weights: the flat buffer of the parameters that may move, or
+    None. state: flat buffers by name, in the compute dtype; float32 masters of low-precision parameters are the one
+    named "master_param".
     """
 
     def __init__(self, params: Sequence[tuple[Tensor, int]], tile: int, tables_device: torch.device) -> None:

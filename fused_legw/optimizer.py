@@ -17,8 +17,8 @@ from .table import capturing
 class FusedOptimizer(torch.optim.Optimizer):
     """Base of the fused optimizers; see `SGD` for the arguments they share.
 
-    A subclass names its update rule and its state, and says what a group's hyper-parameters mean to the kernel (`_hyper`)
-    and to ATen (`_aten`).
+    A subclass names its update rule and its state, and says what a group's hyper-parameters mean to the kernel
+    (`_hyper`) and to ATen (`_aten`).
     """
 
     _rule: str  # in legw_kernels.launch.RULES
@@ -73,7 +73,7 @@ class FusedOptimizer(torch.optim.Optimizer):
         self._constructing = True
         super().__init__(params, {**defaults, "schedule": None})
         self._constructing = False
-        self.register_state_dict_post_hook(checkpoint.pack)
+        self.register_state_dict_post_hook(checkpoint.pack)  # type: ignore[arg-type]
         self._adopt()
 
     def _forget(self) -> None:
@@ -136,14 +136,14 @@ class FusedOptimizer(torch.optim.Optimizer):
                 continue
             if hasattr(self.step, "_wrapped_by_lr_sched"):
                 raise RuntimeError(
-                    f"param_groups[{i}] follows {group['schedule']}, but a torch LR scheduler was made for this optimizer: "
-                    "use one or the other"
+                    f"param_groups[{i}] follows {group['schedule']}, but a torch LR scheduler was made for this "
+                    "optimizer: use one or the other"
                 )
             if group["lr"] != shown:
                 if group["lr"] != 0:
                     raise RuntimeError(
-                        f"param_groups[{i}]['lr'] was set to {group['lr']!r}, but the group follows {group['schedule']}: "
-                        "its LR comes from there; to change it set param_groups[...]['schedule']"
+                        f"param_groups[{i}]['lr'] was set to {group['lr']!r}, but the group follows "
+                        f"{group['schedule']}: to change its LR set param_groups[{i}]['schedule']"
                     )
                 frozen.add(i)
         return frozen
@@ -160,9 +160,7 @@ class FusedOptimizer(torch.optim.Optimizer):
             named += [(name, p, i) for name, p in zip(names, group["params"], strict=True)]
         for name, p, group_index in named:
             checks.check_parameter(name, p)
-            lr = self.param_groups[group_index]["lr"]
-            if isinstance(lr, Tensor) and lr.device.type != "cpu" and lr.device != p.device:
-                raise ValueError(f"lr is a tensor on {lr.device}, but {name} is on {p.device}")
+            checks.check_lr(self.param_groups[group_index]["lr"], name, p)
             explain_backend(p.device, self._options["backend"])
         checks.check_overlaps([(name, p) for name, p, _ in named])
         return named
@@ -269,6 +267,10 @@ class FusedOptimizer(torch.optim.Optimizer):
             advance = not scheduled or not scheduled <= frozen
             for device, of_device in zip(self._devices, gradients, strict=True):
                 device.step(self, of_device, advance=advance)
+                for bucket, of_bucket in zip(device.buckets, of_device, strict=True):
+                    # Autograd must see the change: it refuses a backward pass through what was saved before.
+                    moved = [s.param for s, g in zip(bucket.segments, of_bucket, strict=True) if g is not None]
+                    torch.autograd.graph.increment_version(moved)
             if advance and not capturing(self._buckets[0].device):
                 self._host_steps += 1
                 self._show_lr(frozen)
@@ -298,14 +300,15 @@ class FusedOptimizer(torch.optim.Optimizer):
 
     # Checkpoints and copies
 
-    @torch._disable_dynamo
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """As in torch.optim, and from torch.optim's own dicts; a group's schedule and `steps_applied` come with it.
 
         Raises ValueError, before anything changes, for a dict without `steps_applied` where a group follows LEGW (set
         `optimizer.steps_applied` first), and for state of the wrong shape.
         """
-        hook = self.register_load_state_dict_pre_hook(checkpoint.unpack)  # the last one, after the user's
+        # The last of the hooks, after the user's.
+        hook = self.register_load_state_dict_pre_hook(checkpoint.unpack)  # type: ignore[arg-type]
         try:
             super().load_state_dict(state_dict)
         finally:
@@ -334,6 +337,6 @@ class FusedOptimizer(torch.optim.Optimizer):
         super().__setstate__({**state, "state": checkpoint.unbox(state["state"])})
         if copied:
             self._constructing, self._steps_given = False, False
-            self.register_state_dict_post_hook(checkpoint.pack)
+            self.register_state_dict_post_hook(checkpoint.pack)  # type: ignore[arg-type]
         self._host_steps = steps_applied
         self._adopt()

@@ -20,8 +20,8 @@ from .schedule import LEGW
 class SGD(torch.optim.Optimizer):
     """torch.optim.SGD, for-loop form, with `lr` a number, a 1-element tensor or a LEGW schedule.
 
-    For a parameter w with gradient g: g += weight_decay * w; m = g at the first update, then momentum * m + (1 - dampening)
-    * g; d = g + momentum * m with nesterov, else m; w -= lr * d.
+    For a parameter w with gradient g: g += weight_decay * w; m = g at the first update, then momentum * m +
+    (1 - dampening) * g; d = g + momentum * m with nesterov, else m; w -= lr * d.
     """
 
     def __init__(
@@ -37,7 +37,12 @@ class SGD(torch.optim.Optimizer):
         **layout: Any,
     ) -> None:
         defaults = dict(
-            lr=lr, momentum=momentum, dampening=dampening, weight_decay=weight_decay, nesterov=nesterov, maximize=maximize
+            lr=lr,
+            momentum=momentum,
+            dampening=dampening,
+            weight_decay=weight_decay,
+            nesterov=nesterov,
+            maximize=maximize,
         )
         super().__init__(params, defaults)
         self.steps_applied = 0

@@ -7,6 +7,7 @@ from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import KW_ONLY, asdict, dataclass, replace
 from fractions import Fraction
+from functools import cached_property
 from numbers import Integral, Real
 from typing import Any, Literal, NoReturn
 
@@ -73,8 +74,8 @@ class Constant(Decay):
 class MultiStep(Decay):
     """factor^(milestones passed). A milestone e (epochs) is passed from update ceil(e * steps_per_epoch) on.
 
-    milestones: epochs from the start of training, increasing, any number of them (none: constant). One that falls inside
-    the warm-up counts from the warm-up's end on.
+    milestones: epochs from the start of training, increasing, any number of them (none: constant). One that falls
+    inside the warm-up counts from the warm-up's end on.
     """
 
     milestones: Sequence[float]
@@ -135,8 +136,8 @@ def _ending(schedule: LEGW, decay: Decay, end_lr: float, start: float) -> dict[s
     end, warmup = schedule.total_steps, schedule.warmup_steps
     if end <= warmup:
         raise ValueError(
-            f"epochs={schedule.epochs!r} ends the run after {end:g} updates, inside its warm-up of warmup_steps={warmup:g} "
-            f"({schedule.warmup_epochs:g} epochs): decay={name} has nothing left to decay over"
+            f"epochs={schedule.epochs!r} ends the run after {end:g} updates, inside its warm-up of "
+            f"warmup_steps={warmup:g} ({schedule.warmup_epochs:g} epochs): decay={name} has nothing left to decay over"
         )
     if end_lr > schedule.peak_lr:
         raise ValueError(f"end_lr must be at most the peak LR {schedule.peak_lr!r}, got {end_lr!r}")
@@ -242,13 +243,27 @@ class LEGW:
             _fail("decay", self.decay, f"an object of one of {', '.join(_DECAYS)}")
         if self.scaling not in _SCALINGS:
             _fail("scaling", self.scaling, f"one of {', '.join(map(repr, _SCALINGS))}")
-        exact = Fraction(self.dataset_size, self.batch_size)
-        if self.steps_per_epoch is not None:
-            given = _number("steps_per_epoch", self.steps_per_epoch)
-            exact = exact if given == float(exact) else _exact(given)
-        _set(self, steps_per_epoch=float(exact), _exact_steps_per_epoch=exact)
-        recipe = scalars.Recipe(peak_lr=self.peak_lr, warmup_steps=self.warmup_steps)
-        _set(self, recipe=recipe._replace(**self.decay._recipe(self)), milestones=self.decay._milestones(self))
+        if self.steps_per_epoch is None:
+            _set(self, steps_per_epoch=self.dataset_size / self.batch_size)
+        else:
+            _set(self, steps_per_epoch=_number("steps_per_epoch", self.steps_per_epoch))
+        _ = self.recipe  # made now, so that a decay's objections come now
+
+    @cached_property
+    def _exact_steps_per_epoch(self) -> Fraction:
+        ratio = Fraction(self.dataset_size, self.batch_size)
+        return ratio if self.steps_per_epoch == float(ratio) else _exact(self.steps_per_epoch)
+
+    @cached_property
+    def recipe(self) -> scalars.Recipe:
+        """The schedule's constants in updates, as the host formula and the kernels take them."""
+        warmup = scalars.Recipe(peak_lr=self.peak_lr, warmup_steps=self.warmup_steps)
+        return warmup._replace(**self.decay._recipe(self))
+
+    @cached_property
+    def milestones(self) -> tuple[int, ...]:
+        """The updates at which a MultiStep decay passes its milestones."""
+        return self.decay._milestones(self)
 
     @property
     def scale(self) -> float:
@@ -258,7 +273,7 @@ class LEGW:
     @property
     def peak_lr(self) -> float:
         """The LR at the end of the warm-up."""
-        return _SCALINGS[self.scaling](self.scale) * self.base_lr
+        return float(_SCALINGS[self.scaling](self.scale)) * self.base_lr
 
     @property
     def warmup_epochs(self) -> float:
@@ -279,11 +294,12 @@ class LEGW:
     def __call__(self, t: int) -> float:
         """The float64 LR of the update made after t completed ones (t = 0, 1, 2, ...)."""
         t = _count("t", t, zero=True)
-        return scalars.learning_rate(float(t), float(bisect_right(self.milestones, t)), self.recipe)
+        passed = bisect_right(self.milestones, t)
+        return float(scalars.learning_rate(float(t), float(passed), self.recipe))
 
     def with_batch_size(self, batch_size: int, *, steps_per_epoch: float | None = None) -> LEGW:
         """The same recipe at another batch size. steps_per_epoch belongs to a batch, so it is not carried over."""
-        return replace(self, batch_size=batch_size, steps_per_epoch=steps_per_epoch)
+        return replace(self, batch_size=batch_size, steps_per_epoch=steps_per_epoch)  # type: ignore[arg-type]
 
     def plot(self, ax: Any = None, **line: Any) -> Any:
         """Draw LR against epochs with matplotlib (the extra `fused-legw[plot]`); returns the Axes.
@@ -294,7 +310,9 @@ class LEGW:
 
         if ax is None:
             ax = plt.figure(layout="constrained").gca()
-        last = math.ceil(self.total_steps or max(3 * self.warmup_steps, self.steps_per_epoch, *self.milestones, 1) * 1.2)
+        last = math.ceil(
+            self.total_steps or max(3 * self.warmup_steps, self.steps_per_epoch, *self.milestones, 1) * 1.2
+        )
         joints = {math.floor(self.warmup_steps), math.ceil(self.warmup_steps), *self.milestones}
         updates = sorted({round(last * i / 1000) for i in range(1000)} | {t + d for t in joints for d in (-1, 0)})
         updates = [t for t in updates if 0 <= t < last]

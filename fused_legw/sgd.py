@@ -15,8 +15,9 @@ from .schedule import LEGW
 class SGD(FusedOptimizer):
     """Drop-in for `torch.optim.SGD`: the same arguments, defaults and results, and `lr` may be a `LEGW` schedule.
 
-    For a parameter w with gradient g: g += weight_decay * w; m = g at the first update, then momentum * m + (1 - dampening)
-    * g; d = g + momentum * m with nesterov, else m; w -= lr * d (Sutskever et al. 2013, in torch's form).
+    For a parameter w with gradient g: g += weight_decay * w; m = g at the first update, then momentum * m +
+    (1 - dampening) * g; d = g + momentum * m with nesterov, else m; w -= lr * d (Sutskever et al. 2013, as
+    torch has it).
 
     Args:
         params: parameters, named parameters, or param groups, each of which may set any of the options below.

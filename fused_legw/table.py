@@ -1,4 +1,4 @@
-"""Small tables that the host writes and kernels read: uploaded only when a value changed, and safe under graph capture."""
+"""Small tables that the host writes and kernels read: uploaded only when changed, and safe under graph capture."""
 
 from __future__ import annotations
 
@@ -41,12 +41,12 @@ class Table:
         self._key = numel, dtype, device
         self._device_table = torch.zeros(numel, dtype=dtype, device=device)
         self._staging = [_Staging(*self._key), _Staging(*self._key)]
-        self._values: list[float] | None = None
+        self._values: Sequence[float] | None = None
         self._shared = shared
         self._spare: tuple[Tensor, _Staging] | None = None
         self._captured: list[tuple[Tensor, _Staging]] = []  # alive as long as a graph may replay them
 
-    def write(self, values: list[float]) -> Tensor:
+    def write(self, values: Sequence[float]) -> Tensor:
         """The device table holding these values, for the kernels launched next on the current stream."""
         device = self._key[2]
         if capturing(device):
@@ -59,11 +59,12 @@ class Table:
             self._values = values
         return self._device_table
 
-    def _write_captured(self, values: list[float]) -> Tensor:
+    def _write_captured(self, values: Sequence[float]) -> Tensor:
         if self._shared:
             if values != self._values:
                 raise RuntimeError(
-                    "a hyper-parameter in param_groups changed since the last eager step: run one eager step before the capture"
+                    "a hyper-parameter in param_groups changed since the last eager step: run one eager step before "
+                    "the capture"
                 )
             return self._device_table
         if self._spare is None:

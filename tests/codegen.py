@@ -46,8 +46,8 @@ def compile_step(
     compute = "fp64" if param == "fp64" else "fp32"
     signature = {
         "segments": "*i64", "tiles": "*i32", "groups": "*fp64", "milestones": "*i64", "counts": "*i64", "steps": "*i64",
-        "ticket": "*i32", "state": f"*{compute}" if state else "constexpr", "master": "*fp32" if master else "constexpr",
-        "n_tiles": "i32", "n_segments": "i32",
+        "ticket": "*i32", "state": f"*{compute}" if state else "constexpr",
+        "master": "*fp32" if master else "constexpr", "n_tiles": "i32", "n_segments": "i32",
         "RULE": "constexpr", "PARAM": "constexpr", "GRAD": "constexpr", "COMPUTE": "constexpr", "ADVANCE": "constexpr",
         "BLOCK": "constexpr",
     }  # fmt: skip

@@ -17,7 +17,7 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DEVICE = "cuda" if torch.cuda.is_available() and not INTERPRETED else "cpu"
 HAS_TRITON = INTERPRETED or DEVICE == "cuda"
 
-torch.set_num_threads(2)
+torch.set_num_threads(1)  # tensors here are too small to share
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
