@@ -3,6 +3,7 @@
 from . import reference
 from .schedule import LEGW, Constant, Cosine, Exponential, MultiStep, Polynomial
 from .sgd import SGD
+from .verification import verify
 
 __version__ = "0.1.0.dev0"
-__all__ = ["LEGW", "SGD", "Constant", "Cosine", "Exponential", "MultiStep", "Polynomial", "reference"]
+__all__ = ["LEGW", "SGD", "Constant", "Cosine", "Exponential", "MultiStep", "Polynomial", "reference", "verify"]
