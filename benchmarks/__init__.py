@@ -1,0 +1,1 @@
+"""Benchmarks of the optimizers' steps; see README.md beside this file."""
