@@ -74,7 +74,7 @@ class Verification:
 
     def to_dict(self) -> dict[str, Any]:
         """The result as primitives, for JSON."""
-        return {"passed": self.passed, **asdict(self)}
+        return {"passed": self.passed, "worst": asdict(self.worst), **asdict(self)}
 
 
 def verify(
