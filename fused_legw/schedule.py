@@ -123,7 +123,7 @@ class Exponential(Decay):
         return {
             "kind": scalars.STAIRCASE if self.staircase else scalars.EXPONENTIAL,
             "start": self.start_epoch * schedule.steps_per_epoch,
-            "period": self.every_epochs * schedule.steps_per_epoch,
+            "pace": 1 / (self.every_epochs * schedule.steps_per_epoch),
             "log_rate": math.log(self.rate),
         }
 
@@ -141,7 +141,7 @@ def _ending(schedule: LEGW, decay: Decay, end_lr: float, start: float) -> dict[s
         )
     if end_lr > schedule.peak_lr:
         raise ValueError(f"end_lr must be at most the peak LR {schedule.peak_lr!r}, got {end_lr!r}")
-    return {"start": start, "end": end, "floor": end_lr / schedule.peak_lr}
+    return {"start": start, "end": end, "pace": 1 / (end - start), "floor": end_lr / schedule.peak_lr}
 
 
 @dataclass(frozen=True)
@@ -257,7 +257,8 @@ class LEGW:
     @cached_property
     def recipe(self) -> scalars.Recipe:
         """The schedule's constants in updates, as the host formula and the kernels take them."""
-        warmup = scalars.Recipe(peak_lr=self.peak_lr, warmup_steps=self.warmup_steps)
+        peak, steps = self.peak_lr, self.warmup_steps
+        warmup = scalars.Recipe(peak_lr=peak, warmup_steps=steps, slope=peak / steps if steps else 0.0)
         return warmup._replace(**self.decay._recipe(self))
 
     @cached_property

@@ -30,6 +30,7 @@ _TYPES = {"fp32": tl.float32, "fp64": tl.float64, "fp16": tl.float16, "bf16": tl
 class Compiled:
     """Compiled code as instructions in order, and the resources it takes."""
 
+    ttgir: str  # Triton's own intermediate code, before its compiler adds barriers of its own
     instructions: list[str]
     registers: int
     stack: int  # bytes a thread spills or keeps in local memory
@@ -57,12 +58,15 @@ def compile_step(
     }  # fmt: skip
     constants |= {name: None for name, used in (("state", state), ("master", master)) if not used}
     aligned = {(i,): [["tt.divisibility", 16]] for i, kind in enumerate(signature.values()) if kind.startswith("*")}
+    param_dtype = next(dtype for dtype, kind in launch.DTYPES.items() if kind == _TYPES[param])
+    options = launch.options(param_dtype, amd=target.startswith("gfx"))
     source = ASTSource(skeleton.step_kernel, signature=signature, constexprs=constants, attrs=aligned)
-    compiled = triton.compile(source, target=TARGETS[target], options=launch.OPTIONS)
-    return _amd(compiled.asm["amdgcn"]) if target.startswith("gfx") else _nvidia(compiled.asm["cubin"])
+    compiled = triton.compile(source, target=TARGETS[target], options=options)
+    ttgir = compiled.asm["ttgir"]
+    return _amd(ttgir, compiled.asm["amdgcn"]) if target.startswith("gfx") else _nvidia(ttgir, compiled.asm["cubin"])
 
 
-def _nvidia(cubin: bytes) -> Compiled:
+def _nvidia(ttgir: str, cubin: bytes) -> Compiled:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
@@ -72,10 +76,12 @@ def _nvidia(cubin: bytes) -> Compiled:
         )
     instructions = re.findall(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+ )?([A-Z][\w.]*)", sass, re.MULTILINE)
     registers, stack, local = (int(re.search(rf"{name}:(\d+)", usage)[1]) for name in ("REG", "STACK", "LOCAL"))
-    return Compiled(instructions, registers, stack + local)
+    return Compiled(ttgir, instructions, registers, stack + local)
 
 
-def _amd(assembly: str) -> Compiled:
+def _amd(ttgir: str, assembly: str) -> Compiled:
     instructions = re.findall(r"^\s+([a-z]\w+)\s", assembly, re.MULTILINE)
-    registers = int(re.search(r"\.vgpr_count:\s+(\d+)", assembly)[1])
-    return Compiled(instructions, registers, int(re.search(r"\.private_segment_fixed_size:\s+(\d+)", assembly)[1]))
+    registers, stack = (
+        int(re.search(rf"\.{name}:\s+(\d+)", assembly)[1]) for name in ("vgpr_count", "private_segment_fixed_size")
+    )
+    return Compiled(ttgir, instructions, registers, stack)

@@ -25,9 +25,17 @@ DTYPES: dict[torch.dtype, Any] = {
     torch.float16: tl.float16,
     torch.bfloat16: tl.bfloat16,
 }
-# Fusing a * b + c into one rounding would save nothing in a kernel that waits for memory, and would make its bits
-# depend on the target. Triton's default for this differs between versions.
-OPTIONS: dict[str, Any] = {"num_warps": 4, "enable_fp_fusion": False}
+
+
+def options(param_dtype: torch.dtype, *, amd: bool = torch.version.hip is not None) -> dict[str, Any]:
+    """Compiler options.
+
+    Fusing a * b + c into one rounding would save nothing in a kernel that waits for memory, and would make its bits
+    depend on the target; Triton's default for it differs between versions. The register limit is what the largest
+    variant takes on sm_80: told of it, ptxas does not spill in order to stay below some smaller number.
+    """
+    limit = {} if amd else {"maxnreg": 128 if param_dtype == torch.float64 else 72}
+    return {"num_warps": 4, "enable_fp_fusion": False, **limit}
 
 
 @functools.cache
@@ -85,5 +93,5 @@ def step(
             segments, tiles, groups, milestones, counts, steps, ticket, state, master, n_tiles, steps.numel(),
             RULE=RULES[rule], PARAM=DTYPES[param_dtype], GRAD=DTYPES[grad_dtype],
             COMPUTE=tl.float64 if param_dtype == torch.float64 else tl.float32,
-            ADVANCE=advance, BLOCK=tile, **OPTIONS,
+            ADVANCE=advance, BLOCK=tile, **options(param_dtype),
         )  # fmt: skip

@@ -28,14 +28,18 @@ COSINE = 8
 
 
 class Recipe(NamedTuple):
-    """The constants of one schedule. All lengths are in updates; all values are float64 on both sides."""
+    """The constants of one schedule, float64 on both sides. All lengths are in updates.
+
+    Quotients are taken once on the host: a float64 division costs a kernel a subroutine and the registers to call it.
+    """
 
     kind: float = FIXED
     peak_lr: float = 0.0
     warmup_steps: float = 0.0  # W, may be fractional; 0: no warm-up
+    slope: float = 0.0  # peak_lr / W
     start: float = 0.0  # the update the decay counts from
     end: float = 0.0  # T, for the decays that end
-    period: float = 1.0  # updates per unit of an exponential decay
+    pace: float = 0.0  # 1 / the length of the decay: of one period, or from start to end
     log_rate: float = 0.0  # log of the factor of one milestone or period
     power: float = 1.0
     floor: float = 0.0  # end_lr / peak_lr
@@ -68,18 +72,18 @@ def decay_factor(t, passed, r):
 
     t: float64, updates completed. passed: float64, milestones passed at t (only MULTISTEP reads it).
     """
-    value = 1.0 + 0.0 * t  # not 1.0: the compiler wants one type, t's float64, in every branch
+    factors = 0.0 * t  # not 0.0: the compiler wants one type, t's float64, in every branch
     if r.kind == MULTISTEP:
-        value = tl.exp(passed * r.log_rate)
+        factors = passed
     if r.kind == STAIRCASE:
-        # The 1e-9 keeps a representation error of t/period from moving a boundary.
-        periods = tl.floor((t - r.start) / r.period + 1e-9) + 1.0
-        value = tl.exp(max(periods, 0.0) * r.log_rate)
+        # The 1e-9 keeps a rounding error of the product from moving a boundary.
+        factors = max(tl.floor((t - r.start) * r.pace + 1e-9) + 1.0, 0.0)
     if r.kind == EXPONENTIAL:
-        value = tl.exp(max((t - r.start) / r.period, 0.0) * r.log_rate)
+        factors = max((t - r.start) * r.pace, 0.0)
+    value = tl.exp(min(factors * r.log_rate, 700.0))  # 1 for a constant; a rate above 1 stops short of overflow
     if r.kind == POLYNOMIAL or r.kind == COSINE:
         # What is left of the decay, 1 - s, taken from the end so that nothing cancels near it.
-        left = min(max((r.end - t) / (r.end - r.start), 0.0), 1.0)
+        left = min(max((r.end - t) * r.pace, 0.0), 1.0)
         shape = 0.0 * t
         if r.kind == POLYNOMIAL:
             if left > 0.0:
@@ -95,7 +99,7 @@ def learning_rate(t, passed, r):
     """LEGW's LR of the update made after t completed ones: peak * min(1, (t + 1) / W) * (decay(t) once t >= W)."""
     lr = r.peak_lr
     if t + 1.0 < r.warmup_steps:
-        lr = r.peak_lr * ((t + 1.0) / r.warmup_steps)
+        lr = r.slope * (t + 1.0)
     if t >= r.warmup_steps:
         lr = r.peak_lr * decay_factor(t, passed, r)
     return lr

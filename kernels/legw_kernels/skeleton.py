@@ -25,12 +25,12 @@ ALIGNED = tl.constexpr(5)  # 1 if both addresses are multiples of 16
 SEGMENT_WIDTH = tl.constexpr(6)
 
 # Columns of a group's row: the recipe's fields in their order, then these.
-LR_ADDRESS = tl.constexpr(9)  # int64 bits: a device tensor that holds the LR
-MILESTONES = tl.constexpr(10)  # this group's slice of the milestone table: begin,
-MILESTONE_COUNT = tl.constexpr(11)  # and length
-COUNTED = tl.constexpr(12)  # 1 if an update advances the tensor's own count
-HYPER = tl.constexpr(13)  # weight_decay, momentum, dampening, nesterov, sign
-GROUP_WIDTH = tl.constexpr(18)
+LR_ADDRESS = tl.constexpr(10)  # int64 bits: a device tensor that holds the LR
+MILESTONES = tl.constexpr(11)  # this group's slice of the milestone table: begin,
+MILESTONE_COUNT = tl.constexpr(12)  # and length
+COUNTED = tl.constexpr(13)  # 1 if an update advances the tensor's own count
+HYPER = tl.constexpr(14)  # weight_decay, momentum, dampening, nesterov, sign
+GROUP_WIDTH = tl.constexpr(19)
 
 _Recipe = tl.constexpr(scalars.Recipe)
 _Hyper = tl.constexpr(Hyper)
@@ -59,7 +59,7 @@ def group_lr(row, t, milestones):
             passed.to(tl.float64),
             _Recipe(
                 kind, lr, tl.load(row + 2), tl.load(row + 3), tl.load(row + 4),
-                tl.load(row + 5), tl.load(row + 6), tl.load(row + 7), tl.load(row + 8),
+                tl.load(row + 5), tl.load(row + 6), tl.load(row + 7), tl.load(row + 8), tl.load(row + 9),
             ),
         )  # fmt: skip
     if kind == _TENSOR32:
