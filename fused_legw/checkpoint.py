@@ -27,22 +27,22 @@ class _Kept:
     tensor: Tensor
 
 
+def own_storages(values: dict[str, Any]) -> dict[str, Any]:
+    """One parameter's state, its tensors copied out of the flat buffers."""
+    return {name: value.detach().clone() if isinstance(value, Tensor) else value for name, value in values.items()}
+
+
 def pack(optimizer: FusedOptimizer, state_dict: StateDict) -> StateDict:
     """torch's state dict of a fused optimizer, made fit to be stored. Runs before the user's hooks."""
     ids = [i for group in state_dict["param_groups"] for i in group["params"]]
-    params = [p for group in optimizer.param_groups for p in group["params"]]
-    index = dict(zip(ids, params, strict=True))
-    counts = optimizer._own_counts()
-    steps_applied = optimizer.steps_applied
+    params = dict(zip(ids, (p for group in optimizer.param_groups for p in group["params"]), strict=True))
+    counts, steps_applied = optimizer._own_counts(), optimizer.steps_applied
     state = {}
     for key, values in state_dict["state"].items():
+        p = params.get(key)
         # A tensor that has not been updated has no state in torch's eyes; its buffer is all zeros.
-        unused = optimizer._states if key in index and counts.get(index[key], 1) == 0 else ()
-        state[key] = {
-            name: value.clone() if isinstance(value, Tensor) else value
-            for name, value in values.items()
-            if name not in unused
-        }
+        unused = optimizer._states if p is not None and p.numel() and counts.get(p) == 0 else ()
+        state[key] = own_storages({name: value for name, value in values.items() if name not in unused})
     groups = [
         {**group, "schedule": group["schedule"] and group["schedule"].to_dict(), "steps_applied": steps_applied}
         for group in state_dict["param_groups"]

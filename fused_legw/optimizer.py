@@ -165,6 +165,7 @@ class FusedOptimizer(torch.optim.Optimizer):
         checks.check_overlaps([(name, p) for name, p, _ in named])
         return named
 
+    @torch.no_grad()
     def _adopt(self) -> None:
         """(Re)build the flat buffers from the parameters and `self.state` as they are now."""
         named = self._named_params()
@@ -229,6 +230,7 @@ class FusedOptimizer(torch.optim.Optimizer):
             segment.moved or self._state_changed(segment) for bucket in self._buckets for segment in bucket.segments
         )
 
+    @torch.no_grad()
     def unflatten(self) -> None:
         """Give every parameter a storage of its own again; state stays flat, and later steps work as before."""
         self._options["flatten"] = False
@@ -315,7 +317,7 @@ class FusedOptimizer(torch.optim.Optimizer):
             hook.remove()
 
     def __getstate__(self) -> dict[str, Any]:
-        state = {p: {k: v.clone() if isinstance(v, Tensor) else v for k, v in s.items()} for p, s in self.state.items()}
+        state = {p: checkpoint.own_storages(values) for p, values in self.state.items()}
         return {
             **super().__getstate__(),
             "state": state,
