@@ -1,7 +1,8 @@
 """fused-legw: the LEGW schedule inside fused optimizer kernels, as drop-in torch.optim classes."""
 
 from . import reference
-from .schedule import LEGW, Constant, Cosine, Exponential, MultiStep, Polynomial
+from .decays import Constant, Cosine, Exponential, MultiStep, Polynomial
+from .schedule import LEGW
 from .sgd import SGD
 from .verification import verify
 

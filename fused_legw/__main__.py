@@ -16,7 +16,8 @@ from typing import Any, NoReturn
 import torch
 
 from . import __version__, backends, selfcheck
-from .schedule import LEGW, Constant, Cosine, Decay, Exponential, MultiStep, Polynomial
+from .decays import Constant, Cosine, Decay, Exponential, MultiStep, Polynomial
+from .schedule import LEGW
 
 DECAYS: dict[str, type[Decay]] = {
     "constant": Constant,

@@ -59,7 +59,7 @@ class TritonBackend:
     name = "triton"
 
     def __init__(self, buckets: Sequence[Bucket], groups: Sequence[dict[str, Any]], steps_applied: int) -> None:
-        device = buckets[0].device
+        self.device = device = buckets[0].device
         self.buckets = buckets
         self.counts = torch.tensor([steps_applied], dtype=torch.int64, device=device)
         self._milestones, milestones = [], list[int]()
@@ -142,7 +142,7 @@ class AtenBackend:
     name = "aten"
 
     def __init__(self, buckets: Sequence[Bucket], groups: Sequence[dict[str, Any]], steps_applied: int) -> None:
-        self.buckets = buckets
+        self.device, self.buckets = buckets[0].device, buckets
         self.counts = torch.tensor([steps_applied], dtype=torch.int64)
 
     def step(self, optimizer: FusedOptimizer, gradients: Sequence[Gradients], *, advance: bool) -> None:

@@ -36,7 +36,8 @@ def pack(optimizer: FusedOptimizer, state_dict: StateDict) -> StateDict:
     """torch's state dict of a fused optimizer, made fit to be stored. Runs before the user's hooks."""
     ids = [i for group in state_dict["param_groups"] for i in group["params"]]
     params = dict(zip(ids, (p for group in optimizer.param_groups for p in group["params"]), strict=True))
-    counts, steps_applied = optimizer._own_counts(), optimizer.steps_applied
+    assert optimizer._layout is not None
+    counts, steps_applied = optimizer._layout.counts(), optimizer.steps_applied
     state = {}
     for key, values in state_dict["state"].items():
         p = params.get(key)

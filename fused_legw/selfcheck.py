@@ -13,8 +13,9 @@ from typing import Any
 import torch
 
 from . import backends
+from .decays import Constant, Cosine, Exponential, MultiStep, Polynomial
 from .optimizer import FusedOptimizer
-from .schedule import LEGW, Constant, Cosine, Exponential, MultiStep, Polynomial
+from .schedule import LEGW
 from .sgd import SGD
 from .verification import verify
 

@@ -37,6 +37,8 @@ class Table:
     same table, so a capture may not upload; its values must have been written by an eager step before.
     """
 
+    prepares_captures = torch.cuda.is_available()
+
     def __init__(self, numel: int, dtype: torch.dtype, device: torch.device, *, shared: bool = False) -> None:
         self._key = numel, dtype, device
         self._device_table = torch.zeros(numel, dtype=dtype, device=device)
@@ -51,7 +53,7 @@ class Table:
         device = self._key[2]
         if capturing(device):
             return self._write_captured(values)
-        if device.type == "cuda" and not self._shared and self._spare is None:
+        if self.prepares_captures and not self._shared and self._spare is None:
             self._spare = torch.zeros_like(self._device_table), _Staging(*self._key)
         if values != self._values:
             self._staging.reverse()

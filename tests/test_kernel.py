@@ -150,7 +150,7 @@ def test_counts_and_ticket(triton_device):
         give_gradients(step, params)
         times = [n + (p.grad is not None) for n, p in zip(times, params, strict=True)]
         optimizer.step()
-    (bucket,), (device,) = optimizer._buckets, optimizer._devices
+    (bucket,), (device,) = optimizer._layout.buckets, optimizer._layout.devices
     assert bucket.steps.tolist() == times
     assert device.counts.item() == 6
     assert [ticket.item() for _, ticket in device._segment_tables.values()] == [0]

@@ -1,0 +1,141 @@
+"""CUDA-graph capture. On a GPU the real one; elsewhere a stand-in that records what a capture would and repeats it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import pytest
+import torch
+from conftest import DEVICE
+from test_sgd import legw, make_params, twins
+from torch import Tensor
+
+from fused_legw import SGD, Cosine, layout, table
+
+
+class _Recorded:
+    """Kernel launches and table uploads, with their arguments as they were: what a graph keeps."""
+
+    def __init__(self) -> None:
+        self.work: list[Callable[[], object]] = []
+
+    def replay(self) -> None:
+        for run in self.work:
+            run()
+
+
+@contextmanager
+def _recording(monkeypatch: pytest.MonkeyPatch) -> Iterator[_Recorded]:
+    """Nothing runs while recording; uploads read their source again at each replay, as a captured copy does."""
+    from legw_kernels import launch
+
+    graph = _Recorded()
+
+    def upload(self, values, to: Tensor, *, captured: bool = False) -> None:
+        assert captured, "an eager table must not be uploaded in a capture"
+        self._buffer.copy_(torch.tensor(values, dtype=self._buffer.dtype))
+        graph.work.append(lambda: to.copy_(self._buffer))
+
+    step = launch.step
+    with monkeypatch.context() as patch:
+        patch.setattr(table, "capturing", lambda device: True)
+        patch.setattr(layout, "capturing", lambda device: True)
+        patch.setattr(table._Staging, "copy", upload)
+        patch.setattr(launch, "step", lambda *args, **arguments: graph.work.append(lambda: step(*args, **arguments)))
+        yield graph
+
+
+@contextmanager
+def _capturing(monkeypatch: pytest.MonkeyPatch) -> Iterator[_Recorded | torch.cuda.CUDAGraph]:
+    if DEVICE != "cuda":
+        with _recording(monkeypatch) as graph:
+            yield graph
+    else:
+        graph = torch.cuda.CUDAGraph()
+        torch.cuda.synchronize()
+        with torch.cuda.graph(graph):
+            yield graph
+
+
+@pytest.fixture(autouse=True)
+def _spares(monkeypatch):
+    """Off the GPU eager steps must prepare for captures too."""
+    if DEVICE != "cuda":
+        monkeypatch.setattr(table.Table, "prepares_captures", True)
+
+
+def _setup(device: str):
+    params = make_params(torch.float32, device, [(20,), (5, 7)])
+    return params, SGD(params, lr=legw(Cosine()), momentum=0.9, tile=16, backend="triton")
+
+
+def _gradients(params: list[Tensor], value: float) -> list[Tensor]:
+    for p in params:
+        p.grad = torch.full_like(p, value)
+    return [p.grad for p in params]
+
+
+def test_replays_and_eager_steps_follow_one_schedule(triton_device, monkeypatch):
+    """Eager, capture, replay, eager, second capture, replay the first: each uses its own gradients, all one count."""
+    params, sgd = _setup(triton_device)
+    expected = twins(params)
+    eager = SGD(expected, lr=legw(Cosine()), momentum=0.9, tile=16, backend="triton")
+
+    def expect(value: float) -> None:
+        _gradients(expected, value)
+        eager.step()
+        torch.testing.assert_close(params, expected, rtol=0, atol=0)
+        assert sgd.steps_applied == eager.steps_applied
+
+    kept = [_gradients(params, 1.0)]
+    sgd.step()
+    expect(1.0)
+
+    kept.append(_gradients(params, 2.0))
+    with _capturing(monkeypatch) as first:
+        sgd.step()
+    for _ in range(3):
+        first.replay()
+        expect(2.0)
+
+    kept.append(_gradients(params, 3.0))
+    sgd.step()
+    expect(3.0)
+
+    kept.append(_gradients(params, 4.0))
+    with _capturing(monkeypatch) as second:
+        sgd.step()
+    for graph, value in ((first, 2.0), (second, 4.0), (first, 2.0), (second, 4.0)):
+        graph.replay()
+        expect(value)
+    assert sgd.get_last_lr() == [legw(Cosine())(sgd.steps_applied - 1)]
+
+
+def test_a_capture_counts_only_when_replayed(triton_device, monkeypatch):
+    params, sgd = _setup(triton_device)
+    _gradients(params, 1.0)
+    sgd.step()
+    shown = sgd.param_groups[0]["lr"]
+    with _capturing(monkeypatch):
+        sgd.step()
+    assert sgd.steps_applied == 1
+    assert sgd.param_groups[0]["lr"] == shown
+
+
+@pytest.mark.parametrize("change", ["no eager step", "moved", "hyper-parameter", "state"])
+def test_what_cannot_be_captured_says_what_to_do(triton_device, monkeypatch, change):
+    params, sgd = _setup(triton_device)
+    _gradients(params, 1.0)
+    if change != "no eager step":
+        sgd.step()
+    if change == "moved":
+        params[0].data = params[0].data.clone()
+    if change == "hyper-parameter":
+        sgd.param_groups[0]["weight_decay"] = 0.1
+    if change == "state":
+        sgd = SGD(params, lr=legw(), tile=16, backend="triton")
+        sgd.step()
+        sgd.param_groups[0]["momentum"] = 0.9
+    with pytest.raises(RuntimeError, match="eager"), _capturing(monkeypatch):
+        sgd.step()
