@@ -13,6 +13,11 @@ from .layout import Layout, check_params, named_params
 from .schedule import LEGW
 
 
+def _check_schedule(group: int, schedule: object) -> None:
+    if schedule is not None and not isinstance(schedule, LEGW):
+        raise ValueError(f"param_groups[{group}]['schedule'] must be a LEGW or None, got {schedule!r}")
+
+
 class FusedOptimizer(torch.optim.Optimizer):
     """Base of the fused optimizers; see `SGD` for the arguments they share.
 
@@ -82,6 +87,7 @@ class FusedOptimizer(torch.optim.Optimizer):
         group = self.param_groups[-1]
         try:
             self._check_group(group)
+            _check_schedule(len(self.param_groups) - 1, group["schedule"])
             check_params(self.param_groups, self._options["backend"])
         except BaseException:
             self.param_groups.pop()
@@ -123,6 +129,7 @@ class FusedOptimizer(torch.optim.Optimizer):
         """
         frozen = set()
         for i, (group, shown) in enumerate(zip(self.param_groups, self._shown_lr, strict=True)):
+            _check_schedule(i, group["schedule"])
             if group["schedule"] is None:
                 continue
             if hasattr(self.step, "_wrapped_by_lr_sched"):

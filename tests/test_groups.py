@@ -167,6 +167,17 @@ def test_a_torch_scheduler_on_a_legw_group_is_an_error(device):
         optimizer.step()
 
 
+def test_a_schedule_that_is_none(device):
+    params = make_params(torch.float32, device, [(4,)])
+    with pytest.raises(ValueError, match=r"param_groups\[0\]\['schedule'\] must be a LEGW or None, got 'cosine'"):
+        SGD([dict(params=params, schedule="cosine")])
+    optimizer = SGD(params, lr=legw())
+    optimizer.param_groups[0]["schedule"] = 0.1
+    give_gradients(0, params)
+    with pytest.raises(ValueError, match=r"must be a LEGW or None, got 0\.1"):
+        optimizer.step()
+
+
 def test_another_schedule_in_mid_run(backend, device):
     p = torch.zeros(3, dtype=torch.float64, device=device, requires_grad=True)
     optimizer = SGD([p], lr=legw(), backend=backend, tile=16)
