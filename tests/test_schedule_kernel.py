@@ -92,6 +92,22 @@ def test_near_the_end_of_a_long_run_no_digits_are_lost(decay, triton_device):
         assert probe.lrs(t) == [within(torch.float64, schedule(t))], t
 
 
+@pytest.mark.parametrize("decay", [Polynomial(2), Cosine(), Exponential(0.5, 2**30, 2**33)], ids=str)
+def test_counts_past_float32_and_int32_are_exact(decay, triton_device):
+    schedule = LEGW(0.1, 1, 5, batch_size=1, dataset_size=1, epochs=2**40, decay=decay)
+    probe = Probe([schedule], torch.float64, triton_device)
+    for t in (2**24 + 1, 2**30 - 1, 2**31 + 1, 2**40 - 3, 2**40 - 1):
+        assert probe.lrs(t) == [within(torch.float64, schedule(t))], t
+
+
+def test_milestones_past_float32_and_int32_are_exact(triton_device):
+    schedule = LEGW(0.1, 1, 0, batch_size=1, dataset_size=1, decay=MultiStep([2**24 + 1, 2**31, 2**40], 0.5))
+    probe = Probe([schedule], torch.float64, triton_device)
+    for i, milestone in enumerate((2**24 + 1, 2**31, 2**40)):
+        assert probe.lrs(milestone - 1) == [pytest.approx(0.1 * 0.5**i, rel=1e-14)]
+        assert probe.lrs(milestone) == [pytest.approx(0.1 * 0.5 ** (i + 1), rel=1e-14)]
+
+
 def test_scheduled_steps_follow_the_schedule_and_compile_once(triton_device):
     from legw_kernels import skeleton
 
