@@ -21,6 +21,7 @@ from torch.nn import functional as F
 
 from . import demo_results as results
 from . import digits
+from .backends import explain_backend
 from .demo_results import Run
 from .schedule import LEGW
 from .sgd import SGD
@@ -153,7 +154,7 @@ def _standard_error(values: Sequence[float]) -> float:
     return stdev(values) / math.sqrt(len(values)) if len(values) > 1 else 0.0
 
 
-def _tune(recipe: Recipe, trainer: Trainer, output: Path) -> None:
+def _tune(recipe: Recipe, trainer: Trainer, output: Path) -> str:
     scores = dict[tuple[float, float], list[float]]()
     for lr, warmup, seed in _grid():
         tried = replace(recipe, lr=lr, warmup_epochs=warmup)
@@ -162,11 +163,11 @@ def _tune(recipe: Recipe, trainer: Trainer, output: Path) -> None:
     chosen = select(scores)
     header = "lr", "warmup_epochs", "validation_accuracy", "standard_error", "selected"
     rows = []
-    for (lr, warmup), all in scores.items():
+    for (lr, warmup), found in scores.items():
         selected = "yes" if (lr, warmup) == chosen else ""
-        rows.append((f"{lr:g}", f"{warmup:g}", f"{fmean(all):.3f}", f"{_standard_error(all):.3f}", selected))
+        rows.append((f"{lr:g}", f"{warmup:g}", f"{fmean(found):.3f}", f"{_standard_error(found):.3f}", selected))
     results.write_csv(output / "selection.csv", header, rows)
-    print(results.table(header, rows))
+    return results.table(header, rows)
 
 
 def _grid() -> list[tuple[float, float, int]]:
@@ -183,13 +184,13 @@ def _plan(recipe: Recipe, batches: Iterable[int], seeds: int) -> list[tuple[str,
     return [(scaling, batch, seed) for scaling, batch in pairs for seed in range(seeds)]
 
 
-def _compare(recipe: Recipe, trainer: Trainer, plan: Sequence[tuple[str, int, int]], output: Path) -> None:
+def _compare(recipe: Recipe, trainer: Trainer, plan: Iterable[tuple[str, int, int]], output: Path) -> str:
     runs = [trainer.run(recipe, *planned) for planned in plan]
     groups = results.grouped(runs)
     baseline = groups["baseline", recipe.batch_size]
     results.write_csv(output / "runs.csv", results.RUN_COLUMNS, map(results.run_row, runs))
     results.plot(output / "demo.png", groups, baseline, TITLES)
-    print(results.summary(groups, baseline))
+    return results.summary(groups, baseline)
 
 
 # The command
@@ -212,16 +213,25 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Run the demo; arguments and data that make no sense end in one line and exit status 2."""
+    """Run the demo; arguments and data that make no sense end in one line and exit status 2, before any training."""
     try:
-        _check(args)
-        _run(args)
+        device = _check(args)
+        data = digits.load_sklearn() if args.data is None else digits.load_mnist(args.data)
+        recipe = DIGITS if args.data is None else MNIST
+        recipe = replace(recipe, epochs=args.epochs or recipe.epochs)
+        batches = args.batch_size or [recipe.batch_size * multiple for multiple in MULTIPLES]
+        for batch in (recipe.batch_size, *batches):
+            if not 1 <= batch <= len(data.train):
+                raise ValueError(f"--batch-size must be 1 to {len(data.train)}, the training images, got {batch}")
+        args.output.mkdir(parents=True, exist_ok=True)
     except (ValueError, OSError) as error:
         args.error(f"demo: {error}")
+    print(_train(args, recipe, _plan(recipe, batches, args.seeds), data.to(device)))
+    print(f"\nwritten to {args.output}")
     return 0
 
 
-def _check(args: argparse.Namespace) -> None:
+def _check(args: argparse.Namespace) -> torch.device:
     for name in (["sklearn"] if args.data is None else []) + ["matplotlib", "tqdm"]:
         try:
             importlib.import_module(name)
@@ -232,27 +242,22 @@ def _check(args: argparse.Namespace) -> None:
         if value is not None and value < 1:
             raise ValueError(f"--{option} must be a positive integer, got {value}")
     try:
-        torch.empty(0, device=args.device)
+        device = torch.empty(0, device=args.device).device
     except (RuntimeError, AssertionError) as error:  # an AssertionError where torch was built without that device
         raise ValueError(f"--device {args.device} cannot be used: {str(error).splitlines()[0]}") from error
+    explain_backend(device, args.backend)
+    return device
 
 
-def _run(args: argparse.Namespace) -> None:
+def _train(args: argparse.Namespace, recipe: Recipe, plan: Sequence[tuple[str, int, int]], data: digits.Digits) -> str:
+    """All the runs under one progress bar; returns the table."""
     from tqdm import tqdm
 
-    data = digits.load_sklearn() if args.data is None else digits.load_mnist(args.data)
-    recipe = DIGITS if args.data is None else MNIST
-    recipe = replace(recipe, epochs=args.epochs or recipe.epochs)
-    wanted = args.batch_size or [recipe.batch_size * multiple for multiple in MULTIPLES]
-    for batch in (recipe.batch_size, *wanted):
-        if not 1 <= batch <= len(data.train):
-            raise ValueError(f"--batch-size must be 1 to {len(data.train)}, the training images, got {batch}")
-    args.output.mkdir(parents=True, exist_ok=True)
-    plan = _plan(recipe, wanted, args.seeds)
-    batches = [recipe.batch_size] * len(_grid()) if args.tune else [batch for _, batch, _ in plan]
-    device = torch.device(args.device)
-    if device.type == "cpu":
-        torch.set_num_threads(1)  # the matrices are too small to share between threads
+    on_cpu = data.train.images.device.type == "cpu"
+    if on_cpu:
+        # The matrices are too small to share: on two busy cores a second thread took 30 times longer.
+        torch.set_num_threads(1)
+    batches = [recipe.batch_size for _ in _grid()] if args.tune else [batch for _, batch, _ in plan]
     total = recipe.epochs * sum(math.ceil(len(data.train) / batch) for batch in batches)
     with tqdm(total=total, unit=" updates", disable=None, leave=False) as bar:
 
@@ -260,10 +265,5 @@ def _run(args: argparse.Namespace) -> None:
             bar.set_postfix_str(doing, refresh=False)
             bar.update(updates)
 
-        backend = args.backend or ("aten" if device.type == "cpu" else None)
-        trainer = Trainer(data.to(device), backend, progress)
-        if args.tune:
-            _tune(recipe, trainer, args.output)
-        else:
-            _compare(recipe, trainer, plan, args.output)
-    print(f"written to {args.output}")
+        trainer = Trainer(data, args.backend or ("aten" if on_cpu else None), progress)
+        return _tune(recipe, trainer, args.output) if args.tune else _compare(recipe, trainer, plan, args.output)
