@@ -174,7 +174,7 @@ class AtenBackend:
         weights: list[Tensor] = params
         if bucket.dtype != compute:
             weights = [self._synced_master(bucket, i) for i in chosen]
-        gradients = [g.to(compute) for g in gradients]
+        gradients = [g if g.dtype == compute else g.to(compute) for g in gradients]
         optimizer._aten(weights, gradients, states, lr, group, first)
         if bucket.dtype != compute:
             torch._foreach_copy_(params, weights)

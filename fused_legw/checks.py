@@ -51,6 +51,18 @@ def check_lr(lr: object, name: str, p: Tensor) -> None:
             raise TypeError(f"lr is a tensor of {lr.dtype}: on a GPU it must be torch.float32 or torch.float64")
 
 
+def usable_gradient(p: Tensor) -> bool:
+    """Whether `check_gradient` has nothing to say; asked of every parameter at every step."""
+    g = p.grad
+    return g is None or (
+        type(g) is Tensor
+        and g.dtype in DTYPES
+        and g.layout is torch.strided
+        and g.shape == p.shape
+        and g.device == p.device
+    )
+
+
 def check_gradient(name: str, p: Tensor) -> None:
     gradient = p.grad
     if gradient is not None:

@@ -88,9 +88,10 @@ class Layout:
     def _state_changed(self, segment: flat.Segment) -> bool:
         """Whether someone else replaced, added or removed entries of the optimizer's state."""
         state = self._optimizer_state.get(segment.param, {})
-        return any(
-            state.get(name) is not (view if name in segment.shown else None) for name, view in segment.state.items()
-        )
+        for name, view in segment.state.items():
+            if state.get(name) is not (view if name in segment.shown else None):
+                return True
+        return False
 
     def stale(self, optimizer: FusedOptimizer) -> bool:
         """Whether anything is not where it was. Every step asks, so this allocates next to nothing."""

@@ -184,8 +184,9 @@ class FusedOptimizer(torch.optim.Optimizer):
             with torch.enable_grad():
                 loss = closure()
         frozen = self._frozen_groups()
-        for name, p, _ in named_params(self.param_groups):
-            checks.check_gradient(name, p)
+        if not all(checks.usable_gradient(p) for group in self.param_groups for p in group["params"]):
+            for name, p, _ in named_params(self.param_groups):
+                checks.check_gradient(name, p)
         assert self._layout is not None
         if self._layout.stale(self):
             self._layout.refuse_under_capture("a parameter, its state or a schedule was replaced")
