@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 
@@ -98,6 +100,12 @@ def test_counts_past_float32_and_int32_are_exact(decay, triton_device):
     probe = Probe([schedule], torch.float64, triton_device)
     for t in (2**24 + 1, 2**30 - 1, 2**31 + 1, 2**40 - 3, 2**40 - 1):
         assert probe.lrs(t) == [within(torch.float64, schedule(t))], t
+
+
+def test_a_growing_rate_stops_short_of_overflow(triton_device):
+    schedule = LEGW(**RECIPE, decay=Exponential(1.5, 0))
+    assert schedule(2**40) == pytest.approx(0.2 * math.exp(700), rel=1e-12)
+    assert Probe([schedule], torch.float64, triton_device).lrs(2**40) == [within(torch.float64, schedule(2**40))]
 
 
 def test_milestones_past_float32_and_int32_are_exact(triton_device):

@@ -54,16 +54,18 @@ class LastSegmentForgotten(SGD):
 
 
 class Poisoned(SGD):
-    """A NaN in one element, for one step only."""
+    """A NaN in one element, gone by the next step."""
+
+    kept = None
 
     def step(self, closure=None):
-        super().step(closure)
         p = self.param_groups[0]["params"][3]
-        if self.steps_applied == 5:
-            self.kept = p.detach().clone()
-            p.data[2] = float("nan")
-        elif self.steps_applied == 6:
+        if self.kept is not None:
             p.data.copy_(self.kept)
+        super().step(closure)
+        self.kept = p.detach().clone() if self.steps_applied == 5 else None
+        if self.kept is not None:
+            p.data[2] = float("nan")
 
 
 class MisreportedLR(SGD):
@@ -99,6 +101,11 @@ def test_a_slightly_broken_optimizer_fails(broken, backend, device):
 def test_a_wrong_count_or_a_misreported_lr_fails(backend, device):
     result = verify(sgd(CountsTwice, backend), SHAPES, 10, device=device)
     assert not result.passed and result.steps_applied == 20 and result.lr_error > 0
+    without_schedule = verify(
+        lambda params: CountsTwice(params, 0.1, backend=backend, tile=16), SHAPES, 10, device=device
+    )
+    assert not without_schedule.passed and without_schedule.lr_error == 0
+    assert all(t.passed for t in without_schedule.tensors)
     result = verify(sgd(MisreportedLR, backend), SHAPES, 10, device=device)
     assert not result.passed and all(t.passed for t in result.tensors) and 0 < result.lr_error < 1e-15
 
