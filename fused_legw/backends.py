@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.util
 import os
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,11 +13,9 @@ from torch import Tensor
 from legw_kernels.scalars import FIXED, TENSOR32, TENSOR64, Recipe
 
 from .flat import MASTER, Bucket, compute_dtype
+from .rule import Group, Rule
 from .schedule import LEGW
 from .table import Table
-
-if TYPE_CHECKING:
-    from .optimizer import FusedOptimizer
 
 Gradients = Sequence[Tensor | None]  # one per segment of a bucket, in the parameter's layout
 _LR_KINDS = {torch.float32: TENSOR32, torch.float64: TENSOR64}
@@ -58,9 +56,9 @@ class TritonBackend:
 
     name = "triton"
 
-    def __init__(self, buckets: Sequence[Bucket], groups: Sequence[dict[str, Any]], steps_applied: int) -> None:
+    def __init__(self, rule: Rule, buckets: Sequence[Bucket], groups: Sequence[Group], steps_applied: int) -> None:
         self.device = device = buckets[0].device
-        self.buckets = buckets
+        self._rule, self.buckets = rule, buckets
         self.counts = torch.tensor([steps_applied], dtype=torch.int64, device=device)
         self._milestones, milestones = [], list[int]()
         for group in groups:
@@ -71,11 +69,11 @@ class TritonBackend:
         self._group_table: Table | None = None
         self._segment_tables: dict[tuple[int, torch.dtype], tuple[Table, Tensor]] = {}
 
-    def step(self, optimizer: FusedOptimizer, gradients: Sequence[Gradients], *, advance: bool) -> None:
+    def step(self, groups: Sequence[Group], gradients: Sequence[Gradients], *, advance: bool) -> None:
         """gradients: one list per bucket. advance: whether this step counts as applied."""
         from legw_kernels import launch
 
-        groups = self._write_groups(optimizer)
+        group_table = self._write_groups(groups)
         launches = [
             (i, dtype)
             for i, some in enumerate(gradients)
@@ -91,15 +89,15 @@ class TritonBackend:
                 rows += launch.segment_row(segment.param, g, segment.first_tile, segment.group)
             table, ticket = self._segment_table(i, dtype, len(rows))
             launch.step(
-                optimizer._rule,
+                self._rule.name,
                 segments=table.write(rows),
                 tiles=bucket.tiles,
-                groups=groups,
+                groups=group_table,
                 milestones=self._milestone_table,
                 counts=self.counts,
                 steps=bucket.steps,
                 ticket=ticket,
-                state=bucket.state.get(optimizer._states[0]),
+                state=bucket.state.get(self._rule.states[0]),
                 master=bucket.state.get(MASTER),
                 param_dtype=bucket.dtype,
                 grad_dtype=dtype,
@@ -115,11 +113,11 @@ class TritonBackend:
             self._segment_tables[key] = table, torch.zeros(1, dtype=torch.int32, device=device)
         return self._segment_tables[key]
 
-    def _write_groups(self, optimizer: FusedOptimizer) -> Tensor:
+    def _write_groups(self, groups: Sequence[Group]) -> Tensor:
         from legw_kernels import launch
 
         rows = list[float]()
-        for group, milestones in zip(optimizer.param_groups, self._milestones, strict=True):
+        for group, milestones in zip(groups, self._milestones, strict=True):
             lr, schedule = group["lr"], group["schedule"]
             tensor = lr if isinstance(lr, Tensor) and schedule is None and lr.device == self.counts.device else None
             if schedule is not None:
@@ -129,7 +127,7 @@ class TritonBackend:
             else:
                 recipe = Recipe(FIXED, float(lr))
             rows += launch.group_row(
-                recipe, tensor, milestones, bool(optimizer._used_states(group)), optimizer._hyper(group)
+                recipe, tensor, milestones, bool(self._rule.used_states(group)), self._rule.hyper(group)
             )
         if self._group_table is None:
             self._group_table = Table(len(rows), torch.float64, self.counts.device, shared=True)
@@ -141,16 +139,17 @@ class AtenBackend:
 
     name = "aten"
 
-    def __init__(self, buckets: Sequence[Bucket], groups: Sequence[dict[str, Any]], steps_applied: int) -> None:
-        self.device, self.buckets = buckets[0].device, buckets
+    def __init__(self, rule: Rule, buckets: Sequence[Bucket], groups: Sequence[Group], steps_applied: int) -> None:
+        self.device = buckets[0].device
+        self._rule, self.buckets = rule, buckets
         self.counts = torch.tensor([steps_applied], dtype=torch.int64)
 
-    def step(self, optimizer: FusedOptimizer, gradients: Sequence[Gradients], *, advance: bool) -> None:
+    def step(self, groups: Sequence[Group], gradients: Sequence[Gradients], *, advance: bool) -> None:
         """gradients: one list per bucket. advance: whether this step counts as applied."""
         t = int(self.counts)
         for bucket, some in zip(self.buckets, gradients, strict=True):
             counts = bucket.steps.tolist()
-            for index, group in enumerate(optimizer.param_groups):
+            for index, group in enumerate(groups):
                 lr = group["schedule"](t) if isinstance(group["schedule"], LEGW) else float(group["lr"])
                 for first in (True, False):
                     chosen = [
@@ -159,27 +158,27 @@ class AtenBackend:
                         if g is not None and segment.group == index and (counts[i] == 0) == first
                     ]
                     if chosen:
-                        self._update(optimizer, bucket, chosen, [some[i] for i in chosen], lr, group, first)  # type: ignore[misc]
+                        self._update(bucket, chosen, [some[i] for i in chosen], lr, group, first)  # type: ignore[misc]
         if advance:
             self.counts += 1
 
     def _update(
-        self, optimizer: FusedOptimizer, bucket: Bucket, chosen: list[int], gradients: list[Tensor], lr: float,
+        self, bucket: Bucket, chosen: list[int], gradients: list[Tensor], lr: float,
         group: dict[str, Any], first: bool,
     ) -> None:  # fmt: skip
         params = [bucket.segments[i].param for i in chosen]
-        used = optimizer._used_states(group)
+        used = self._rule.used_states(group)
         states = [[bucket.segments[i].state[name] for i in chosen] for name in used]
         compute = compute_dtype(bucket.dtype)
         weights: list[Tensor] = params
         if bucket.dtype != compute:
             weights = [self._synced_master(bucket, i) for i in chosen]
         gradients = [g if g.dtype == compute else g.to(compute) for g in gradients]
-        optimizer._aten(weights, gradients, states, lr, group, first)
+        self._rule.aten(weights, gradients, states, lr, group, first)
         if bucket.dtype != compute:
             torch._foreach_copy_(params, weights)
         if used:
-            bucket.steps[chosen] += 1
+            bucket.steps[chosen if len(chosen) < len(bucket.segments) else slice(None)] += 1
 
     @staticmethod
     def _synced_master(bucket: Bucket, i: int) -> Tensor:

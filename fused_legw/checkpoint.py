@@ -42,7 +42,7 @@ def pack(optimizer: FusedOptimizer, state_dict: StateDict) -> StateDict:
     for key, values in state_dict["state"].items():
         p = params.get(key)
         # A tensor that has not been updated has no state in torch's eyes; its buffer is all zeros.
-        unused = optimizer._states if p is not None and p.numel() and counts.get(p) == 0 else ()
+        unused = optimizer._rule.states if p is not None and p.numel() and counts.get(p) == 0 else ()
         state[key] = own_storages({name: value for name, value in values.items() if name not in unused})
     groups = [
         {**group, "schedule": group["schedule"] and group["schedule"].to_dict(), "steps_applied": steps_applied}
@@ -61,7 +61,7 @@ def unpack(optimizer: FusedOptimizer, state_dict: StateDict) -> StateDict:
             group["schedule"] = LEGW.from_dict(group["schedule"])
         for name, default in optimizer.defaults.items():
             group.setdefault(name, live.get(name, default))
-        optimizer._check_group(group)
+        optimizer._rule.check(group)
     _check_steps(optimizer, groups)
     shapes = {
         i: p.shape
@@ -71,7 +71,7 @@ def unpack(optimizer: FusedOptimizer, state_dict: StateDict) -> StateDict:
     state = {}
     for key, values in state_dict["state"].items():
         state[key] = {name: _Kept(value) if isinstance(value, Tensor) else value for name, value in values.items()}
-        for name in optimizer._states:
+        for name in optimizer._rule.states:
             value = values.get(name)
             if isinstance(value, Tensor) and key in shapes and value.shape != shapes[key]:
                 raise ValueError(

@@ -1,4 +1,4 @@
-"""What the LR does after the warm-up: the decays, and the checks of numbers they share with the schedule."""
+"""What the LR does after the warm-up: the decays, and the checks of numbers they share with the run."""
 
 from __future__ import annotations
 
@@ -7,12 +7,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from numbers import Integral, Real
-from typing import TYPE_CHECKING, Literal, NoReturn
+from typing import Literal, NamedTuple, NoReturn
 
 from legw_kernels import scalars
-
-if TYPE_CHECKING:
-    from .schedule import LEGW
 
 
 def fail(name: str, value: object, rule: str) -> NoReturn:
@@ -51,15 +48,26 @@ def whole_updates(epochs: float, steps_per_epoch: Fraction) -> int:
     return nearest if abs(updates - nearest) <= Fraction(1, 10**12) * max(1, nearest) else math.ceil(updates)
 
 
+class Run(NamedTuple):
+    """What a decay must know of the run it belongs to."""
+
+    peak_lr: float
+    warmup_epochs: float
+    warmup_steps: float
+    epochs: float | None
+    total_steps: float | None
+    steps_per_epoch: Fraction
+
+
 @dataclass(frozen=True)
 class Decay:
     """What the LR does after the warm-up: a multiplier of the peak LR, counted in epochs from the start of training."""
 
-    def recipe(self, schedule: LEGW) -> dict[str, float]:
+    def recipe(self, run: Run) -> dict[str, float]:
         """The fields of `scalars.Recipe` that this decay sets, in updates."""
         raise NotImplementedError
 
-    def boundaries(self, schedule: LEGW) -> tuple[int, ...]:
+    def boundaries(self, run: Run) -> tuple[int, ...]:
         return ()
 
 
@@ -67,7 +75,7 @@ class Decay:
 class Constant(Decay):
     """No decay: the peak LR from the end of the warm-up on."""
 
-    def recipe(self, schedule: LEGW) -> dict[str, float]:
+    def recipe(self, run: Run) -> dict[str, float]:
         return {"kind": scalars.CONSTANT}
 
 
@@ -90,11 +98,11 @@ class MultiStep(Decay):
             fail("milestones", self.milestones, "increasing")
         assign(self, factor=number("factor", self.factor))
 
-    def recipe(self, schedule: LEGW) -> dict[str, float]:
+    def recipe(self, run: Run) -> dict[str, float]:
         return {"kind": scalars.MULTISTEP, "log_rate": math.log(self.factor)}
 
-    def boundaries(self, schedule: LEGW) -> tuple[int, ...]:
-        return tuple(whole_updates(epoch, schedule.exact_steps_per_epoch) for epoch in self.milestones)
+    def boundaries(self, run: Run) -> tuple[int, ...]:
+        return tuple(whole_updates(epoch, run.steps_per_epoch) for epoch in self.milestones)
 
 
 @dataclass(frozen=True)
@@ -120,29 +128,29 @@ class Exponential(Decay):
         if not isinstance(self.staircase, bool):
             fail("staircase", self.staircase, "True or False")
 
-    def recipe(self, schedule: LEGW) -> dict[str, float]:
+    def recipe(self, run: Run) -> dict[str, float]:
         return {
             "kind": scalars.STAIRCASE if self.staircase else scalars.EXPONENTIAL,
-            "start": self.start_epoch * schedule.steps_per_epoch,
-            "pace": 1 / (self.every_epochs * schedule.steps_per_epoch),
+            "start": self.start_epoch * float(run.steps_per_epoch),
+            "pace": 1 / (self.every_epochs * float(run.steps_per_epoch)),
             "log_rate": math.log(self.rate),
         }
 
 
-def _ending(schedule: LEGW, decay: Decay, end_lr: float, start: float) -> dict[str, float]:
+def _ending(run: Run, decay: Decay, end_lr: float, start: float) -> dict[str, float]:
     """The fields shared by the decays that end at T = epochs * steps_per_epoch."""
     name = type(decay).__name__
-    if schedule.total_steps is None:
+    if run.total_steps is None:
         raise ValueError(f"epochs must be given for decay={name}, got None")
-    end, warmup = schedule.total_steps, schedule.warmup_steps
+    end, warmup = run.total_steps, run.warmup_steps
     if end <= warmup:
         raise ValueError(
-            f"epochs={schedule.epochs!r} ends the run after {end:g} updates, inside its warm-up of "
-            f"warmup_steps={warmup:g} ({schedule.warmup_epochs:g} epochs): decay={name} has nothing left to decay over"
+            f"epochs={run.epochs!r} ends the run after {end:g} updates, inside its warm-up of "
+            f"warmup_steps={warmup:g} ({run.warmup_epochs:g} epochs): decay={name} has nothing left to decay over"
         )
-    if end_lr > schedule.peak_lr:
-        raise ValueError(f"end_lr must be at most the peak LR {schedule.peak_lr!r}, got {end_lr!r}")
-    return {"start": start, "end": end, "pace": 1 / (end - start), "floor": end_lr / schedule.peak_lr}
+    if end_lr > run.peak_lr:
+        raise ValueError(f"end_lr must be at most the peak LR {run.peak_lr!r}, got {end_lr!r}")
+    return {"start": start, "end": end, "pace": 1 / (end - start), "floor": end_lr / run.peak_lr}
 
 
 @dataclass(frozen=True)
@@ -163,9 +171,9 @@ class Polynomial(Decay):
         if self.span not in ("remaining", "whole"):
             fail("span", self.span, "'remaining' or 'whole'")
 
-    def recipe(self, schedule: LEGW) -> dict[str, float]:
-        start = schedule.warmup_steps if self.span == "remaining" else 0.0
-        shared = _ending(schedule, self, self.end_lr, start)
+    def recipe(self, run: Run) -> dict[str, float]:
+        start = run.warmup_steps if self.span == "remaining" else 0.0
+        shared = _ending(run, self, self.end_lr, start)
         return {"kind": scalars.POLYNOMIAL, "power": self.power, **shared}
 
 
@@ -181,8 +189,8 @@ class Cosine(Decay):
     def __post_init__(self) -> None:
         assign(self, end_lr=number("end_lr", self.end_lr, zero=True))
 
-    def recipe(self, schedule: LEGW) -> dict[str, float]:
-        return {"kind": scalars.COSINE, **_ending(schedule, self, self.end_lr, schedule.warmup_steps)}
+    def recipe(self, run: Run) -> dict[str, float]:
+        return {"kind": scalars.COSINE, **_ending(run, self, self.end_lr, run.warmup_steps)}
 
 
 DECAYS = {decay.__name__: decay for decay in (Constant, MultiStep, Exponential, Polynomial, Cosine)}

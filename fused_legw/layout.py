@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from . import checks, flat
 from .backends import BACKENDS, AtenBackend, TritonBackend, explain_backend
+from .rule import Group, Rule
 from .table import capturing
 
-if TYPE_CHECKING:
-    from .optimizer import FusedOptimizer
+State = dict[Tensor, dict[str, Any]]  # torch.optim's
 
 
-def named_params(groups: list[dict[str, Any]]) -> list[tuple[str, Tensor, int]]:
+def named_params(groups: list[Group]) -> list[tuple[str, Tensor, int]]:
     """(name, parameter, group) of all parameters."""
     named = []
     for i, group in enumerate(groups):
@@ -24,7 +25,7 @@ def named_params(groups: list[dict[str, Any]]) -> list[tuple[str, Tensor, int]]:
     return named
 
 
-def check_params(groups: list[dict[str, Any]], backend: str | None) -> None:
+def check_params(groups: list[Group], backend: str | None) -> None:
     """Refuse what cannot be optimized, before anything has changed."""
     named = named_params(groups)
     for name, p, group in named:
@@ -37,43 +38,54 @@ def check_params(groups: list[dict[str, Any]], backend: str | None) -> None:
 class Layout:
     """Buckets of an optimizer's parameters, the backend of each device, and the schedules they were built for."""
 
-    def __init__(self, optimizer: FusedOptimizer, steps_applied: int, counts: dict[Tensor, int]) -> None:
-        """counts: counted updates of the parameters whose state in `optimizer.state` is known to go with them."""
-        self._optimizer_state = optimizer.state
+    def __init__(
+        self,
+        rule: Rule,
+        groups: list[Group],
+        state: State,
+        *,
+        backend: str | None,
+        flatten: bool,
+        master_weights: bool,
+        tile: int,
+        steps_applied: int,
+        counts: Mapping[Tensor, int],
+    ) -> None:
+        """rule, groups, state: the optimizer's. counts: counted updates of parameters, where `state` goes with them."""
+        self._rule, self._groups, self._state = rule, groups, state
         self.buckets: list[flat.Bucket] = []
         self.devices: list[TritonBackend | AtenBackend] = []
-        self.schedules = [group["schedule"] for group in optimizer.param_groups]
-        options, groups = optimizer._options, optimizer.param_groups
+        self.schedules = [group["schedule"] for group in groups]
         keyed: dict[tuple[torch.device, torch.dtype], list[tuple[Tensor, int]]] = {}
         for _, p, group in named_params(groups):
             keyed.setdefault((p.device, p.dtype), []).append((p, group))
-        chosen = {device: explain_backend(device, options["backend"])[0] for device, _ in keyed}
+        chosen = {device: explain_backend(device, backend)[0] for device, _ in keyed}
         for (device, dtype), params in keyed.items():
-            tables = device if chosen[device] == "triton" else torch.device("cpu")
-            bucket = flat.Bucket(params, options["tile"], tables)
-            bucket.adopt(flatten=options["flatten"])
-            if options["master_weights"] and flat.compute_dtype(dtype) != dtype:
+            bucket = flat.Bucket(params, tile, device if chosen[device] == "triton" else torch.device("cpu"))
+            bucket.adopt(flatten=flatten)
+            if master_weights and flat.compute_dtype(dtype) != dtype:
                 bucket.add_state(flat.MASTER)
-            self._take_state(bucket, optimizer, counts)
+            self._take_state(bucket, counts)
             self.buckets.append(bucket)
         for device, name in chosen.items():
-            self.devices.append(BACKENDS[name]([b for b in self.buckets if b.device == device], groups, steps_applied))
+            own = [bucket for bucket in self.buckets if bucket.device == device]
+            self.devices.append(BACKENDS[name](rule, own, groups, steps_applied))
 
-    def _take_state(self, bucket: flat.Bucket, optimizer: FusedOptimizer, counts: dict[Tensor, int]) -> None:
+    def _take_state(self, bucket: flat.Bucket, counts: Mapping[Tensor, int]) -> None:
         """Copy what the optimizer's state holds into the bucket, and let it hold the views."""
         for segment in bucket.segments:
-            state = optimizer.state.get(segment.param, {})
-            for name in optimizer._states:
-                if name in state or name in optimizer._used_states(optimizer.param_groups[segment.group]):
+            state = self._state.get(segment.param, {})
+            for name in self._rule.states:
+                if name in state or name in self._rule.used_states(self._groups[segment.group]):
                     bucket.add_state(name)
         for segment in bucket.segments:
-            state = optimizer.state.get(segment.param, {})
+            state = self._state.get(segment.param, {})
             for name, view in segment.state.items():
                 if name in state:
                     state[name] = view.copy_(state[name])
                     segment.shown.add(name)
         # All that SGD needs to know of a state from outside is whether there was any update.
-        steps = [counts.get(s.param, int(not s.shown.isdisjoint(optimizer._states))) for s in bucket.segments]
+        steps = [counts.get(s.param, int(not s.shown.isdisjoint(self._rule.states))) for s in bucket.segments]
         bucket.steps.copy_(torch.tensor(steps, dtype=torch.int64))
 
     def counts(self) -> dict[Tensor, int]:
@@ -87,34 +99,35 @@ class Layout:
 
     def _state_changed(self, segment: flat.Segment) -> bool:
         """Whether someone else replaced, added or removed entries of the optimizer's state."""
-        state = self._optimizer_state.get(segment.param, {})
+        state = self._state.get(segment.param, {})
         for name, view in segment.state.items():
             if state.get(name) is not (view if name in segment.shown else None):
                 return True
         return False
 
-    def stale(self, optimizer: FusedOptimizer) -> bool:
+    def stale(self, groups: list[Group], state: State) -> bool:
         """Whether anything is not where it was. Every step asks, so this allocates next to nothing."""
         return (
-            optimizer.state is not self._optimizer_state
-            or any(g["schedule"] is not s for g, s in zip(optimizer.param_groups, self.schedules, strict=True))
+            state is not self._state
+            or groups is not self._groups
+            or any(group["schedule"] is not schedule for group, schedule in zip(groups, self.schedules, strict=True))
             or any(segment.moved or self._state_changed(segment) for b in self.buckets for segment in b.segments)
         )
 
-    def gradients(self, bucket: flat.Bucket, optimizer: FusedOptimizer, frozen: set[int]) -> list[Tensor | None]:
+    def gradients(self, bucket: flat.Bucket, frozen: set[int]) -> list[Tensor | None]:
         """The gradient of each segment that is to move, in its parameter's layout; its state is made and shown."""
         gradients: list[Tensor | None] = []
         for segment in bucket.segments:
             p, gradient = segment.param, segment.param.grad
             if gradient is not None:
-                for name in optimizer._used_states(optimizer.param_groups[segment.group]):
+                for name in self._rule.used_states(self._groups[segment.group]):
                     if name not in bucket.state:
                         self.refuse_under_capture(f"{name} does not exist yet")
                         bucket.add_state(name)
                     segment.used.add(name)
                 if segment.shown != segment.used:
                     segment.shown |= segment.used
-                    optimizer.state[p].update((name, segment.state[name]) for name in segment.shown)
+                    self._state[p].update((name, segment.state[name]) for name in segment.shown)
                 gradient = None if segment.group in frozen else flat.in_layout_of(p, gradient)
             gradients.append(gradient)
         return gradients

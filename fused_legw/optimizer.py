@@ -6,10 +6,10 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from . import checkpoint, checks
 from .layout import Layout, check_params, named_params
+from .rule import Rule
 from .schedule import LEGW
 
 
@@ -21,39 +21,10 @@ def _check_schedule(group: int, schedule: object) -> None:
 class FusedOptimizer(torch.optim.Optimizer):
     """Base of the fused optimizers; see `SGD` for the arguments they share.
 
-    A subclass names its update rule and its state, and says what a group's hyper-parameters mean to the kernel
-    (`_hyper`) and to ATen (`_aten`).
+    A subclass gives its `Rule`.
     """
 
-    _rule: str  # in legw_kernels.launch.RULES
-    _states: tuple[str, ...]  # torch's names, in the rule's order
-
-    @staticmethod
-    def _check_group(group: dict[str, Any]) -> None:
-        """Raise for hyper-parameters that make no sense, with torch.optim's messages."""
-        raise NotImplementedError
-
-    @staticmethod
-    def _used_states(group: dict[str, Any]) -> tuple[str, ...]:
-        """The states that a group with these hyper-parameters needs."""
-        raise NotImplementedError
-
-    @staticmethod
-    def _hyper(group: dict[str, Any]) -> tuple[float, ...]:
-        """The group's hyper-parameters, in the order of `launch.group_row`."""
-        raise NotImplementedError
-
-    @staticmethod
-    def _aten(
-        params: list[Tensor],
-        grads: list[Tensor],
-        states: list[list[Tensor]],
-        lr: float,
-        group: dict[str, Any],
-        first: bool,
-    ) -> None:
-        """One update of these tensors by ATen; first: of each it is the first counted one."""
-        raise NotImplementedError
+    _rule: Rule
 
     def __init__(
         self,
@@ -69,7 +40,7 @@ class FusedOptimizer(torch.optim.Optimizer):
             raise ValueError(f"tile must be a power of two, 16 or more, got {tile!r}")
         if defaults["differentiable"]:
             raise ValueError("differentiable=True is not supported: the fused step is not recorded by autograd")
-        self._check_group(defaults)
+        self._rule.check(defaults)
         self._options: dict[str, Any] = dict(backend=backend, flatten=flatten, master_weights=master_weights, tile=tile)
         self._layout: Layout | None = None
         self._shown_lr: list[float | None] = []
@@ -86,7 +57,7 @@ class FusedOptimizer(torch.optim.Optimizer):
         super().add_param_group(param_group)
         group = self.param_groups[-1]
         try:
-            self._check_group(group)
+            self._rule.check(group)
             _check_schedule(len(self.param_groups) - 1, group["schedule"])
             check_params(self.param_groups, self._options["backend"])
         except BaseException:
@@ -153,7 +124,9 @@ class FusedOptimizer(torch.optim.Optimizer):
         """(Re)build the flat buffers from the parameters and `self.state` as they are now."""
         check_params(self.param_groups, self._options["backend"])
         counts = {} if self._layout is None else self._layout.counts()
-        self._layout = Layout(self, self.steps_applied, counts)
+        self._layout = Layout(
+            self._rule, self.param_groups, self.state, **self._options, steps_applied=self.steps_applied, counts=counts
+        )
         self._shown_lr = [None] * len(self.param_groups)
         self._show_lr()
 
@@ -188,20 +161,20 @@ class FusedOptimizer(torch.optim.Optimizer):
             for name, p, _ in named_params(self.param_groups):
                 checks.check_gradient(name, p)
         assert self._layout is not None
-        if self._layout.stale(self):
+        if self._layout.stale(self.param_groups, self.state):
             self._layout.refuse_under_capture("a parameter, its state or a schedule was replaced")
             self._adopt()
         self._update(self._layout, frozen)
         return loss
 
     def _update(self, layout: Layout, frozen: set[int]) -> None:
-        gradients = [[layout.gradients(bucket, self, frozen) for bucket in device.buckets] for device in layout.devices]
+        gradients = [[layout.gradients(bucket, frozen) for bucket in device.buckets] for device in layout.devices]
         if all(g is None for of_device in gradients for of_bucket in of_device for g in of_bucket):
             return
         scheduled = {i for i, schedule in enumerate(layout.schedules) if schedule is not None}
         advance = not scheduled or not scheduled <= frozen
         for device, of_device in zip(layout.devices, gradients, strict=True):
-            device.step(self, of_device, advance=advance)
+            device.step(self.param_groups, of_device, advance=advance)
             for bucket, of_bucket in zip(device.buckets, of_device, strict=True):
                 # Autograd must see the change: it refuses a backward pass through what was saved before.
                 moved = [s.param for s, g in zip(bucket.segments, of_bucket, strict=True) if g is not None]

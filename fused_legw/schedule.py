@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 from legw_kernels import scalars
 
-from .decays import DECAYS, Constant, Decay, assign, count, exact, fail, number
+from .decays import DECAYS, Constant, Decay, Run, assign, count, exact, fail, number
 
 _SCALINGS = {"sqrt": math.sqrt, "linear": lambda k: k, "none": lambda k: 1.0}
 
@@ -83,17 +83,28 @@ class LEGW:
         ratio = Fraction(self.dataset_size, self.batch_size)
         return ratio if self.steps_per_epoch == float(ratio) else exact(self.steps_per_epoch)
 
+    @property
+    def _run(self) -> Run:
+        return Run(
+            self.peak_lr,
+            self.warmup_epochs,
+            self.warmup_steps,
+            self.epochs,
+            self.total_steps,
+            self.exact_steps_per_epoch,
+        )
+
     @cached_property
     def recipe(self) -> scalars.Recipe:
         """The schedule's constants in updates, as the host formula and the kernels take them."""
         peak, steps = self.peak_lr, self.warmup_steps
         warmup = scalars.Recipe(peak_lr=peak, warmup_steps=steps, slope=peak / steps if steps else 0.0)
-        return warmup._replace(**self.decay.recipe(self))
+        return warmup._replace(**self.decay.recipe(self._run))
 
     @cached_property
     def milestones(self) -> tuple[int, ...]:
         """The updates at which a MultiStep decay passes its milestones."""
-        return self.decay.boundaries(self)
+        return self.decay.boundaries(self._run)
 
     @property
     def scale(self) -> float:

@@ -9,7 +9,57 @@ import torch
 from torch import Tensor
 
 from .optimizer import FusedOptimizer
+from .rule import Group, Rule
 from .schedule import LEGW
+
+
+class SGDRule(Rule):
+    """SGD's one state, and what its options mean."""
+
+    name = "sgd"
+    states = ("momentum_buffer",)
+
+    def check(self, group: Group) -> None:
+        lr, momentum, weight_decay = group["lr"], group["momentum"], group["weight_decay"]
+        if isinstance(lr, Tensor) and lr.numel() != 1:
+            raise ValueError("Tensor lr must be 1-element")
+        if not isinstance(lr, LEGW) and not lr >= 0.0:
+            raise ValueError(f"Invalid learning rate: {lr}")
+        if not momentum >= 0.0:
+            raise ValueError(f"Invalid momentum value: {momentum}")
+        if not weight_decay >= 0.0:
+            raise ValueError(f"Invalid weight_decay value: {weight_decay}")
+        if group["nesterov"] and (momentum <= 0 or group["dampening"] != 0):
+            raise ValueError("Nesterov momentum requires a momentum and zero dampening")
+
+    def used_states(self, group: Group) -> tuple[str, ...]:
+        return ("momentum_buffer",) if group["momentum"] != 0 else ()
+
+    def hyper(self, group: Group) -> tuple[float, ...]:
+        flags = float(group["nesterov"]), -1.0 if group["maximize"] else 1.0
+        return (float(group["weight_decay"]), float(group["momentum"]), float(group["dampening"]), *flags)
+
+    def aten(
+        self,
+        params: list[Tensor],
+        grads: list[Tensor],
+        states: list[list[Tensor]],
+        lr: float,
+        group: Group,
+        first: bool,
+    ) -> None:
+        torch._fused_sgd_(
+            params,
+            grads,
+            states[0] if states else [],
+            weight_decay=float(group["weight_decay"]),
+            momentum=float(group["momentum"]),
+            lr=lr,
+            dampening=float(group["dampening"]),
+            nesterov=bool(group["nesterov"]),
+            maximize=bool(group["maximize"]),
+            is_first_step=first,
+        )
 
 
 class SGD(FusedOptimizer):
@@ -44,8 +94,7 @@ class SGD(FusedOptimizer):
     (1, True)
     """
 
-    _rule = "sgd"
-    _states = ("momentum_buffer",)
+    _rule = SGDRule()
 
     def __init__(
         self,
@@ -77,48 +126,3 @@ class SGD(FusedOptimizer):
             fused=fused,
         )
         super().__init__(params, defaults, backend=backend, flatten=flatten, master_weights=master_weights, tile=tile)
-
-    @staticmethod
-    def _check_group(group: dict[str, Any]) -> None:
-        lr, momentum, weight_decay = group["lr"], group["momentum"], group["weight_decay"]
-        if isinstance(lr, Tensor) and lr.numel() != 1:
-            raise ValueError("Tensor lr must be 1-element")
-        if not isinstance(lr, LEGW) and not lr >= 0.0:
-            raise ValueError(f"Invalid learning rate: {lr}")
-        if not momentum >= 0.0:
-            raise ValueError(f"Invalid momentum value: {momentum}")
-        if not weight_decay >= 0.0:
-            raise ValueError(f"Invalid weight_decay value: {weight_decay}")
-        if group["nesterov"] and (momentum <= 0 or group["dampening"] != 0):
-            raise ValueError("Nesterov momentum requires a momentum and zero dampening")
-
-    @staticmethod
-    def _used_states(group: dict[str, Any]) -> tuple[str, ...]:
-        return ("momentum_buffer",) if group["momentum"] != 0 else ()
-
-    @staticmethod
-    def _hyper(group: dict[str, Any]) -> tuple[float, ...]:
-        flags = float(group["nesterov"]), -1.0 if group["maximize"] else 1.0
-        return (float(group["weight_decay"]), float(group["momentum"]), float(group["dampening"]), *flags)
-
-    @staticmethod
-    def _aten(
-        params: list[Tensor],
-        grads: list[Tensor],
-        states: list[list[Tensor]],
-        lr: float,
-        group: dict[str, Any],
-        first: bool,
-    ) -> None:
-        torch._fused_sgd_(
-            params,
-            grads,
-            states[0] if states else [],
-            weight_decay=float(group["weight_decay"]),
-            momentum=float(group["momentum"]),
-            lr=lr,
-            dampening=float(group["dampening"]),
-            nesterov=bool(group["nesterov"]),
-            maximize=bool(group["maximize"]),
-            is_first_step=first,
-        )

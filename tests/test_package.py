@@ -16,12 +16,12 @@ ROOT = Path(__file__).resolve().parents[1]
 KERNELS = ["scalars", "rules", "skeleton", "launch"]
 PACKAGE = [
     {"decays"},
-    {"schedule", "checks", "table"},
+    {"schedule", "checks", "table", "rule"},
     {"flat", "reference"},
     {"backends", "checkpoint"},
     {"layout"},
     {"optimizer"},
-    {"sgd", "digits"},
+    {"sgd", "digits", "demo_results"},
     {"verification"},
     {"selfcheck", "demo"},
     {"__init__"},
