@@ -16,16 +16,10 @@ from typing import Any, NoReturn
 import torch
 
 from . import __version__, backends, selfcheck
-from .decays import Constant, Cosine, Decay, Exponential, MultiStep, Polynomial
+from .decays import DECAYS, Decay
 from .schedule import LEGW
 
-DECAYS: dict[str, type[Decay]] = {
-    "constant": Constant,
-    "multistep": MultiStep,
-    "exponential": Exponential,
-    "polynomial": Polynomial,
-    "cosine": Cosine,
-}
+_DECAYS = {name.lower(): decay for name, decay in DECAYS.items()}
 
 
 class UsageError(Exception):
@@ -55,7 +49,7 @@ def _add_plan(parser: argparse.ArgumentParser) -> None:
     recipe.add_argument("--epochs", type=float, help="length of the run; polynomial and cosine need it")
     parser.add_argument("--batch-size", type=int, nargs="+", required=True, metavar="B", help="batches to plan for")
     parser.add_argument("--scaling", choices=["sqrt", "linear", "none"], default="sqrt", help="of the peak LR")
-    parser.add_argument("--decay", choices=DECAYS, default="constant", help="after the warm-up")
+    parser.add_argument("--decay", choices=_DECAYS, default="constant", help="after the warm-up")
     # Without defaults, to tell what was given: an option of another decay is an error.
     own = parser.add_argument_group("options of one decay", argument_default=argparse.SUPPRESS)
     own.add_argument("--milestones", type=float, nargs="*", metavar="E", help="multistep: epochs, increasing")
@@ -85,9 +79,9 @@ def _valid(make: Any, *args: Any, note: str = "", **kwargs: Any) -> Any:
 
 
 def _decay(args: argparse.Namespace) -> Decay:
-    cls = DECAYS[args.decay]
+    cls = _DECAYS[args.decay]
     own = {field.name: field for field in fields(cls)}
-    given = {field.name: vars(args)[field.name] for c in DECAYS.values() for field in fields(c) if field.name in args}
+    given = {field.name: vars(args)[field.name] for c in _DECAYS.values() for field in fields(c) if field.name in args}
     for name, value in given.items():
         if name not in own:
             raise UsageError(f"{_option(name)} {value} does not belong to --decay {args.decay}")
