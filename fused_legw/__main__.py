@@ -155,7 +155,7 @@ def _add_verify(parser: argparse.ArgumentParser) -> None:
         "--dtype",
         choices=selfcheck.DTYPES,
         nargs="+",
-        help="only these (default: all; in Triton's interpreter all for the first case, float32 for the others)",
+        help="only these (default: all; in Triton's interpreter float32, and two more for the first case)",
     )
     parser.add_argument("--json", action="store_true", help="print JSON")
     parser.set_defaults(run=run_verify)

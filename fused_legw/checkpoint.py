@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
+from .checks import check_state
+from .flat import MASTER
 from .schedule import LEGW
 
 if TYPE_CHECKING:
@@ -71,12 +73,8 @@ def unpack(optimizer: FusedOptimizer, state_dict: StateDict) -> StateDict:
     state = {}
     for key, values in state_dict["state"].items():
         state[key] = {name: _Kept(value) if isinstance(value, Tensor) else value for name, value in values.items()}
-        for name in optimizer._rule.states:
-            value = values.get(name)
-            if isinstance(value, Tensor) and key in shapes and value.shape != shapes[key]:
-                raise ValueError(
-                    f"state[{key}][{name!r}] has shape {tuple(value.shape)}, but its parameter has {tuple(shapes[key])}"
-                )
+        if key in shapes:
+            check_state(f"state[{key}]", values, (*optimizer._rule.states, MASTER), shapes[key])
     return {**state_dict, "state": state, "param_groups": groups}
 
 

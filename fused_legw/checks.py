@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from itertools import pairwise
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -49,6 +50,15 @@ def check_lr(lr: object, name: str, p: Tensor) -> None:
             raise ValueError(f"lr is a tensor on {lr.device}, but {name} is on {p.device}")
         if lr.dtype not in (torch.float32, torch.float64):
             raise TypeError(f"lr is a tensor of {lr.dtype}: on a GPU it must be torch.float32 or torch.float64")
+
+
+def check_state(label: str, state: Mapping[str, Any], names: Iterable[str], shape: torch.Size) -> None:
+    """Refuse state that is not its parameter's; a tensor of another shape would be broadcast."""
+    for name in names:
+        value = state.get(name)
+        if value is not None and not (isinstance(value, Tensor) and value.shape == shape):
+            found = f"shape {tuple(value.shape)}" if isinstance(value, Tensor) else f"the value {value!r}"
+            raise ValueError(f"{label}[{name!r}] has {found}, but its parameter has shape {tuple(shape)}")
 
 
 def usable_gradient(p: Tensor) -> bool:

@@ -25,12 +25,13 @@ def named_params(groups: list[Group]) -> list[tuple[str, Tensor, int]]:
     return named
 
 
-def check_params(groups: list[Group], backend: str | None) -> None:
+def check_params(rule: Rule, groups: list[Group], state: State, backend: str | None) -> None:
     """Refuse what cannot be optimized, before anything has changed."""
     named = named_params(groups)
     for name, p, group in named:
         checks.check_parameter(name, p)
         checks.check_lr(groups[group]["lr"], name, p)
+        checks.check_state(f"the state of {name}: ", state.get(p, {}), (*rule.states, flat.MASTER), p.shape)
         explain_backend(p.device, backend)
     checks.check_overlaps([(name, p) for name, p, _ in named])
 
@@ -76,12 +77,12 @@ class Layout:
         for segment in bucket.segments:
             state = self._state.get(segment.param, {})
             for name in self._rule.states:
-                if name in state or name in self._rule.used_states(self._groups[segment.group]):
+                if state.get(name) is not None or name in self._rule.used_states(self._groups[segment.group]):
                     bucket.add_state(name)
         for segment in bucket.segments:
             state = self._state.get(segment.param, {})
             for name, view in segment.state.items():
-                if name in state:
+                if state.get(name) is not None:
                     state[name] = view.copy_(state[name])
                     segment.shown.add(name)
         # All that SGD needs to know of a state from outside is whether there was any update.

@@ -59,7 +59,7 @@ class FusedOptimizer(torch.optim.Optimizer):
         try:
             self._rule.check(group)
             _check_schedule(len(self.param_groups) - 1, group["schedule"])
-            check_params(self.param_groups, self._options["backend"])
+            check_params(self._rule, self.param_groups, self.state, self._options["backend"])
         except BaseException:
             self.param_groups.pop()
             raise
@@ -122,7 +122,7 @@ class FusedOptimizer(torch.optim.Optimizer):
     @torch.no_grad()
     def _adopt(self) -> None:
         """(Re)build the flat buffers from the parameters and `self.state` as they are now."""
-        check_params(self.param_groups, self._options["backend"])
+        check_params(self._rule, self.param_groups, self.state, self._options["backend"])
         counts = {} if self._layout is None else self._layout.counts()
         self._layout = Layout(
             self._rule, self.param_groups, self.state, **self._options, steps_applied=self.steps_applied, counts=counts

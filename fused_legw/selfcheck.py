@@ -87,12 +87,9 @@ def _check_interpreted(steps: int, jobs: Sequence[Job]) -> Iterator[Result]:
 
 
 def _jobs(cases: Sequence[str] | None, dtypes: Sequence[str] | None, *, slow: bool) -> list[Job]:
-    """What to check; by default everything, but in the interpreter the dtypes are left to the first case."""
-    return [
-        (case, dtype)
-        for i, case in enumerate(cases or CASES)
-        for dtype in dtypes or (["float32"] if slow and i else DTYPES)
-    ]
+    """What to check; by default everything, but in the interpreter float32, and two more dtypes for the first case."""
+    some = {name: ["float32", "float64", "bfloat16"] if i == 0 else ["float32"] for i, name in enumerate(CASES)}
+    return [(case, dtype) for case in cases or CASES for dtype in dtypes or (some[case] if slow else DTYPES)]
 
 
 def check(

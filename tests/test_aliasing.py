@@ -189,6 +189,17 @@ def test_state_replaced_or_cleared_by_the_user(backend, params):
     assert torch.equal(replacement, torch.ones_like(replacement)), "the user's tensor is copied, not written"
 
 
+def test_state_of_another_shape_is_refused(backend, device):
+    (p,) = make_params(torch.float32, device, [(4,)])
+    optimizer = make([p], backend)
+    run(optimizer, range(1), [p])
+    before = p.detach().clone()
+    optimizer.state[p]["momentum_buffer"] = torch.ones(1, device=device)
+    with pytest.raises(ValueError, match=r"\['momentum_buffer'\] has shape \(1,\), but its parameter has shape \(4,\)"):
+        optimizer.step()
+    same([p.detach()], [before])
+
+
 def test_state_is_live(backend, params):
     optimizer = make(params, backend)
     run(optimizer, range(1), params)

@@ -180,3 +180,17 @@ def test_hooks_run_in_torchs_order(backend, device):
     optimizer.register_load_state_dict_post_hook(lambda o: seen.append(o.steps_applied))
     optimizer.load_state_dict(optimizer.state_dict())
     assert seen == [0, 77]
+
+
+def test_torchs_old_dicts_say_none(backend, device):
+    """torch 1 stored `momentum_buffer: None` for tensors without one."""
+    params = make_params(torch.float64, device, [(4,), (5,)])
+    optimizer = SGD(params, lr=0.1, momentum=0.9, dampening=0.5, tile=16, backend=backend)
+    old = optimizer.state_dict()
+    old["state"] = {0: {"momentum_buffer": None}, 1: {"momentum_buffer": torch.ones(5)}}
+    optimizer.load_state_dict(old)
+    for p in params:
+        p.grad = torch.ones_like(p)
+    optimizer.step()
+    assert optimizer.state[params[0]]["momentum_buffer"].tolist() == [1.0] * 4
+    assert optimizer.state[params[1]]["momentum_buffer"].tolist() == [1.4] * 5
