@@ -17,15 +17,19 @@ def fail(name: str, value: object, rule: str) -> NoReturn:
 
 
 def number(name: str, value: object, *, zero: bool = False) -> float:
-    if isinstance(value, Real) and not isinstance(value, bool):
-        number = float(value)
-        if math.isfinite(number) and (number > 0 or (zero and number == 0)):
-            return number
-    fail(name, value, "a finite number, zero or more" if zero else "a finite positive number")
+    """The value as a float, if it is a finite positive number (or zero, if `zero`)."""
+    try:
+        converted = float(value) if isinstance(value, Real) and not isinstance(value, bool) else math.nan
+    except OverflowError:
+        converted = math.inf
+    if not math.isfinite(converted) or converted < 0 or (converted == 0 and not zero):
+        fail(name, value, "a finite number, zero or more" if zero else "a finite positive number")
+    return converted
 
 
 def count(name: str, value: object, *, zero: bool = False) -> int:
-    if not isinstance(value, Integral) or isinstance(value, bool) or value < (0 if zero else 1):
+    """The value as an int, if it is a positive integer (or zero, if `zero`) that fits 63 bits."""
+    if not isinstance(value, Integral) or isinstance(value, bool) or not (0 if zero else 1) <= int(value) < 2**63:
         fail(name, value, "an integer, zero or more" if zero else "a positive integer")
     return int(value)
 

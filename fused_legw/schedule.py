@@ -69,12 +69,14 @@ class LEGW:
         )
         if not isinstance(self.decay, tuple(DECAYS.values())):
             fail("decay", self.decay, f"an object of one of {', '.join(DECAYS)}")
-        if self.scaling not in _SCALINGS:
+        if not isinstance(self.scaling, str) or self.scaling not in _SCALINGS:
             fail("scaling", self.scaling, f"one of {', '.join(map(repr, _SCALINGS))}")
         if self.steps_per_epoch is None:
             assign(self, steps_per_epoch=self.dataset_size / self.batch_size)
         else:
             assign(self, steps_per_epoch=number("steps_per_epoch", self.steps_per_epoch))
+        if not math.isfinite(self.peak_lr):
+            fail("base_lr", self.base_lr, f"small enough for a finite peak LR at batch_size={self.batch_size}")
         _ = self.recipe  # made now, so that a decay's objections come now
 
     @cached_property
@@ -123,7 +125,7 @@ class LEGW:
 
     @property
     def warmup_steps(self) -> float:
-        """W, the warm-up in updates: may be fractional, and is the same at every batch size."""
+        """W, the warm-up in updates, may be fractional; without `steps_per_epoch` the same at every batch size."""
         scale = Fraction(self.batch_size, self.base_batch_size)
         return float(exact(self.base_warmup_epochs) * scale * self.exact_steps_per_epoch)
 
@@ -147,9 +149,9 @@ class LEGW:
 
         ax: matplotlib Axes to draw on, else a new figure's. line: passed to `ax.plot`, for instance label or color.
         """
-        import matplotlib.pyplot as plt
-
         if ax is None:
+            import matplotlib.pyplot as plt
+
             ax = plt.figure(layout="constrained").gca()
         last = math.ceil(
             self.total_steps or max(3 * self.warmup_steps, self.steps_per_epoch, *self.milestones, 1) * 1.2

@@ -10,8 +10,8 @@ from fused_legw import LEGW, Cosine, Exponential, MultiStep, Polynomial
 
 RECIPE = dict(base_lr=0.1, base_batch_size=32, base_warmup_epochs=0.5, batch_size=128, dataset_size=1000, epochs=12)
 
-BAD_NUMBERS = [math.nan, math.inf, -math.inf, -1, -0.5, True, "0.1", None, 1j, [1.0]]
-BAD_COUNTS = [0, -1, 1.5, 2.0, math.nan, math.inf, True, "32", None]
+BAD_NUMBERS = [10**400, math.nan, math.inf, -math.inf, -1, -0.5, True, "0.1", None, 1j, [1.0]]
+BAD_COUNTS = [10**400, 0, -1, 1.5, 2.0, math.nan, math.inf, True, "32", None]
 BAD_ARGUMENTS = {
     "base_lr": [*BAD_NUMBERS, 0],
     "base_batch_size": BAD_COUNTS,
@@ -21,7 +21,7 @@ BAD_ARGUMENTS = {
     "epochs": [bad for bad in BAD_NUMBERS if bad is not None] + [0],
     "steps_per_epoch": [bad for bad in BAD_NUMBERS if bad is not None] + [0],
     "decay": [None, "cosine", Cosine, 0.1, {}],
-    "scaling": ["log", "", None, 1],
+    "scaling": ["log", "", None, 1, ["sqrt"]],
 }
 BAD_OPTIONS = {
     (MultiStep, "milestones"): [5, "12", None, (2.0, 1.0), (1.0, 1.0), {1, 2}],
@@ -92,3 +92,10 @@ def test_from_dict_names_what_it_does_not_know():
         LEGW.from_dict({**values, "decay": {"name": "Step"}})
     with pytest.raises(ValueError, match="gamma"):
         LEGW.from_dict({**values, "gamma": 1})
+
+
+def test_a_peak_past_the_floats():
+    with pytest.raises(
+        ValueError, match=r"^base_lr must be small enough for a finite peak LR at batch_size=128, got 1e\+308$"
+    ):
+        LEGW(**{**RECIPE, "base_lr": 1e308})

@@ -105,7 +105,7 @@ def test_counts_past_float32_and_int32_are_exact(decay, triton_device):
 def test_a_growing_rate(triton_device):
     schedule = LEGW(**RECIPE, decay=Exponential(1.5, 0))
     probe = Probe([schedule], torch.float64, triton_device)
-    for t in (20, 1000, 10_000):
+    for t in (20, 1000, 10_000, 2**40):
         assert probe.lrs(t) == [within(torch.float64, schedule(t))], t
     assert schedule(2**40) == pytest.approx(0.2 * math.exp(700), rel=1e-12)  # where the host stops short of overflow
 

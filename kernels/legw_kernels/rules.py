@@ -25,9 +25,8 @@ class Hyper(NamedTuple):
 def sgd(p, g, m, h, first):
     """torch.optim.SGD's update: (parameter, momentum_buffer). With momentum 0, m is not used and must not be stored."""
     g = g * h.sign
-    g = tl.where(
-        h.weight_decay != 0, g + h.weight_decay * p, g
-    )  # a zero decay must not turn an infinite weight into NaN
+    # A decay of zero must not turn an infinite weight into NaN.
+    g = tl.where(h.weight_decay != 0, g + h.weight_decay * p, g)
     m = tl.where(first, g, h.momentum * m + h.one_minus_dampening * g)
     d = tl.where(h.nesterov != 0, g + h.momentum * m, m)
     d = tl.where(h.momentum != 0, d, g)

@@ -73,6 +73,7 @@ def decay_factor(t, passed, r):
     t: float64, updates completed. passed: float64, milestones passed at t (only MULTISTEP reads it).
     """
     factors = 0.0 * t  # not 0.0: the compiler wants one type, t's float64, in every branch
+    most = 700.0 + 0.0 * t  # a rate above 1 stops short of overflow
     if r.kind == MULTISTEP:
         factors = passed
     if r.kind == STAIRCASE:
@@ -80,7 +81,7 @@ def decay_factor(t, passed, r):
         factors = max(tl.floor((t - r.start) * r.pace + 1e-9) + 1.0, 0.0)
     if r.kind == EXPONENTIAL:
         factors = max((t - r.start) * r.pace, 0.0)
-    value = tl.exp(min(factors * r.log_rate, 700.0))  # 1 for a constant; a rate above 1 stops short of overflow
+    value = tl.exp(min(factors * r.log_rate, most))  # 1 for a constant
     if r.kind == POLYNOMIAL or r.kind == COSINE:
         # What is left of the decay, 1 - s, taken from the end so that nothing cancels near it.
         left = min(max((r.end - t) * r.pace, 0.0), 1.0)
