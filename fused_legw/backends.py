@@ -14,8 +14,7 @@ from legw_kernels.scalars import FIXED, TENSOR32, TENSOR64, Recipe
 
 from .flat import MASTER, Bucket, compute_dtype
 from .rule import Group, Rule
-from .schedule import LEGW
-from .table import Table
+from .table import Table, capturing
 
 Gradients = Sequence[Tensor | None]  # one per segment of a bucket, in the parameter's layout
 _LR_KINDS = {torch.float32: TENSOR32, torch.float64: TENSOR64}
@@ -105,10 +104,17 @@ class TritonBackend:
                 tile=bucket.tile,
             )
 
+    @property
+    def captured(self) -> bool:
+        """Whether a graph may still replay one of this object's steps."""
+        return any(table.captured for table, _ in self._segment_tables.values())
+
     def _segment_table(self, bucket: int, dtype: torch.dtype, numel: int) -> tuple[Table, Tensor]:
         key = bucket, dtype
         if key not in self._segment_tables:
             device = self.counts.device
+            if capturing(device):  # before a ticket is made: its zero would only be recorded
+                raise RuntimeError(f"{dtype} gradients are new: run optimizer.step() eagerly once before capturing it")
             table = Table(numel, torch.int64, device)
             self._segment_tables[key] = table, torch.zeros(1, dtype=torch.int32, device=device)
         return self._segment_tables[key]
@@ -138,27 +144,29 @@ class AtenBackend:
     """ATen's fused kernels over lists of the same tensors; counts and LR on the host."""
 
     name = "aten"
+    captured = False
 
     def __init__(self, rule: Rule, buckets: Sequence[Bucket], groups: Sequence[Group], steps_applied: int) -> None:
         self.device = buckets[0].device
         self._rule, self.buckets = rule, buckets
-        self.counts = torch.tensor([steps_applied], dtype=torch.int64)
+        self.counts = torch.tensor([steps_applied], dtype=torch.int64, device="cpu")
 
     def step(self, groups: Sequence[Group], gradients: Sequence[Gradients], *, advance: bool) -> None:
         """gradients: one list per bucket. advance: whether this step counts as applied."""
+        if capturing(self.device):
+            raise RuntimeError(
+                "backend='aten' cannot be captured: its LR and counts are on the host; use backend='triton'"
+            )
         t = int(self.counts)
         for bucket, some in zip(self.buckets, gradients, strict=True):
-            counts = bucket.steps.tolist()
-            for index, group in enumerate(groups):
-                lr = group["schedule"](t) if isinstance(group["schedule"], LEGW) else float(group["lr"])
-                for first in (True, False):
-                    chosen = [
-                        i
-                        for i, (segment, g) in enumerate(zip(bucket.segments, some, strict=True))
-                        if g is not None and segment.group == index and (counts[i] == 0) == first
-                    ]
-                    if chosen:
-                        self._update(bucket, chosen, [some[i] for i in chosen], lr, group, first)  # type: ignore[misc]
+            alike: dict[tuple[int, bool], list[int]] = {}  # (group, whether it is the first update) -> segments
+            for i, (segment, g, count) in enumerate(zip(bucket.segments, some, bucket.steps.tolist(), strict=True)):
+                if g is not None:
+                    alike.setdefault((segment.group, count == 0), []).append(i)
+            for (index, first), chosen in alike.items():
+                group = groups[index]
+                lr = group["schedule"](t) if group["schedule"] else float(group["lr"])
+                self._update(bucket, chosen, [some[i] for i in chosen], lr, group, first)  # type: ignore[misc]
         if advance:
             self.counts += 1
 

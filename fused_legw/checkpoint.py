@@ -13,7 +13,9 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 
 from .checks import check_state
+from .decays import count
 from .flat import MASTER
+from .layout import check_params
 from .schedule import LEGW
 
 if TYPE_CHECKING:
@@ -36,28 +38,20 @@ def own_storages(values: dict[str, Any]) -> dict[str, Any]:
 
 def pack(optimizer: FusedOptimizer, state_dict: StateDict) -> StateDict:
     """torch's state dict of a fused optimizer, made fit to be stored. Runs before the user's hooks."""
-    ids = [i for group in state_dict["param_groups"] for i in group["params"]]
-    params = dict(zip(ids, (p for group in optimizer.param_groups for p in group["params"]), strict=True))
-    assert optimizer._layout is not None
-    counts, steps_applied = optimizer._layout.counts(), optimizer.steps_applied
-    state = {}
-    for key, values in state_dict["state"].items():
-        p = params.get(key)
-        # A tensor that has not been updated has no state in torch's eyes; its buffer is all zeros.
-        unused = optimizer._rule.states if p is not None and p.numel() and counts.get(p) == 0 else ()
-        state[key] = own_storages({name: value for name, value in values.items() if name not in unused})
+    steps_applied = optimizer.steps_applied
     groups = [
         {**group, "schedule": group["schedule"] and group["schedule"].to_dict(), "steps_applied": steps_applied}
         for group in state_dict["param_groups"]
     ]
-    return {**state_dict, "state": {key: values for key, values in state.items() if values}, "param_groups": groups}
+    state = {key: own_storages(values) for key, values in state_dict["state"].items()}
+    return {**state_dict, "state": state, "param_groups": groups}
 
 
 def unpack(optimizer: FusedOptimizer, state_dict: StateDict) -> StateDict:
     """A state dict, ours or torch.optim's, made fit for torch's load_state_dict; raises before anything changes."""
     groups = [dict(group) for group in state_dict["param_groups"]]
     for group, live in zip(groups, optimizer.param_groups, strict=False):
-        if "schedule" not in group:  # torch.optim's: the optimizer keeps its own schedules
+        if group.get("schedule") is None:  # torch.optim's, or of a run without: the optimizer keeps its own
             group["schedule"] = live["schedule"]
         elif isinstance(group["schedule"], dict):
             group["schedule"] = LEGW.from_dict(group["schedule"])
@@ -65,6 +59,7 @@ def unpack(optimizer: FusedOptimizer, state_dict: StateDict) -> StateDict:
             group.setdefault(name, live.get(name, default))
         optimizer._rule.check(group)
     _check_steps(optimizer, groups)
+    check_params(optimizer._rule, optimizer.param_groups, {}, optimizer._options["backend"])
     shapes = {
         i: p.shape
         for group, live in zip(groups, optimizer.param_groups, strict=False)
@@ -79,18 +74,18 @@ def unpack(optimizer: FusedOptimizer, state_dict: StateDict) -> StateDict:
 
 
 def _check_steps(optimizer: FusedOptimizer, groups: list[dict[str, Any]]) -> None:
-    steps = {group.get("steps_applied") for group in groups}
-    if len(steps) > 1:
-        raise ValueError(f"steps_applied must be the same in every param group, got {sorted(map(str, steps))}")
-    (given,) = steps
+    steps = [group.get("steps_applied") for group in groups]
+    if any(other != steps[0] for other in steps):
+        raise ValueError(f"steps_applied must be the same in every param group, got {steps}")
+    given = steps[0] if steps else None
     if given is None:
         if any(group["schedule"] is not None for group in groups) and not optimizer._steps_given:
             raise ValueError(
                 "the state dict has no 'steps_applied', so its place in the LEGW schedule is unknown: "
                 "set optimizer.steps_applied to the number of updates made so far, then load it"
             )
-    elif not isinstance(given, int) or given < 0:
-        raise ValueError(f"steps_applied must be an integer, zero or more, got {given!r}")
+    else:
+        count("steps_applied", given, zero=True)
 
 
 def unbox(state: dict[Any, Any]) -> defaultdict[Any, dict[str, Any]]:

@@ -38,7 +38,9 @@ def check_overlaps(named: Sequence[tuple[str, Tensor]]) -> None:
         for name, p in named
         if p.numel()
     )
-    for (device, _, end, name), (other_device, start, _, other) in pairwise(spans):
+    for (device, begin, end, name), (other_device, start, other_end, other) in pairwise(spans):
+        if (device, begin, end) == (other_device, start, other_end):
+            raise ValueError(f"{name} and {other} are the same memory: a parameter can be listed once")
         if device == other_device and start < end:
             raise ValueError(f"{name} and {other} share memory: pass one of them, or clone one")
 

@@ -26,7 +26,6 @@ class Segment:
     first_tile: int
     place: tuple[object, ...] = ()  # where the parameter was when adopted: see `place_of`
     state: dict[str, Tensor] = field(default_factory=dict)  # live views with the parameter's shape and strides
-    used: set[str] = field(default_factory=set)  # names of those that updates so far have needed
     shown: set[str] = field(default_factory=set)  # names of those that optimizer.state holds
 
     @property
@@ -45,9 +44,17 @@ def compute_dtype(dtype: torch.dtype) -> torch.dtype:
 
 
 def may_move(p: Tensor) -> bool:
-    """Whether nothing but the parameter itself can hold its storage by another view or from another process."""
-    whole = p.untyped_storage().nbytes() == p.numel() * p.element_size()
-    return whole and not (p.device.type == "cpu" and p.is_shared())
+    """Whether the parameter has its storage to itself: no other view, tensor, process or library refers to it.
+
+    Any other holder would be left with a stale copy, so where in doubt the parameter stays where it is.
+    """
+    storage = p.untyped_storage()
+    return (
+        storage.nbytes() == p.numel() * p.element_size()
+        and torch._C._storage_Use_Count(storage._cdata) <= 2  # by the parameter, and by `storage` here
+        and storage.resizable()  # memory that torch did not allocate, such as NumPy's, is not
+        and not (p.device.type == "cpu" and storage.is_shared())
+    )
 
 
 class Bucket:
@@ -67,7 +74,7 @@ class Bucket:
         for i, (p, group) in enumerate(params):
             self.segments.append(Segment(p, group, len(owner)))
             owner += [i] * self._tiles_of(p)
-        self.tiles = torch.tensor(owner, dtype=torch.int32).to(tables_device)
+        self.tiles = torch.tensor(owner, dtype=torch.int32, device="cpu").to(tables_device)
         self.steps = torch.zeros(len(params), dtype=torch.int64, device=tables_device)
         self.weights: Tensor | None = None
         self.state: dict[str, Tensor] = {}
@@ -86,7 +93,6 @@ class Bucket:
             segment.state[name] = self.state[name].as_strided(p.shape, p.stride(), segment.first_tile * self.tile)
             if name == MASTER:
                 segment.state[name].copy_(p)
-                segment.used.add(name)
 
     def adopt(self, *, flatten: bool) -> None:
         """Point the parameters that may move into one buffer (if flatten), and note where each one is.
@@ -104,15 +110,6 @@ class Bucket:
             offset += self._tiles_of(p) * self.tile
         for segment in self.segments:
             segment.place = place_of(segment.param)
-
-    def unflatten(self) -> None:
-        """Give the parameters that live in `weights` storages of their own."""
-        for segment in self.segments:
-            p = segment.param
-            if self.weights is not None and p.untyped_storage().data_ptr() == self.weights.data_ptr():
-                p.data = p.data.clone(memory_format=torch.preserve_format)
-                segment.place = place_of(p)
-        self.weights = None
 
 
 def in_layout_of(p: Tensor, gradient: Tensor) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Mapping
 from typing import Any
 
@@ -36,8 +37,17 @@ def check_params(rule: Rule, groups: list[Group], state: State, backend: str | N
     checks.check_overlaps([(name, p) for name, p, _ in named])
 
 
+def _state_changed(segment: flat.Segment, state: State) -> bool:
+    """Whether someone else replaced, added or removed entries of the optimizer's state."""
+    own = state.get(segment.param, {})
+    for name, view in segment.state.items():  # noqa: SIM110  # a generator would cost each step more
+        if own.get(name) is not (view if name in segment.shown else None):
+            return True
+    return False
+
+
 class Layout:
-    """Buckets of an optimizer's parameters, the backend of each device, and the schedules they were built for."""
+    """Buckets of an optimizer's parameters, the backend of each device, and the groups they were built for."""
 
     def __init__(
         self,
@@ -50,13 +60,14 @@ class Layout:
         master_weights: bool,
         tile: int,
         steps_applied: int,
-        counts: Mapping[Tensor, int],
+        previous: Layout | None,
     ) -> None:
-        """rule, groups, state: the optimizer's. counts: counted updates of parameters, where `state` goes with them."""
+        """rule, groups, state: the optimizer's. previous: the layout this one replaces."""
         self._rule, self._groups, self._state = rule, groups, state
+        self._built_for = [(group["schedule"], list(group["params"])) for group in groups]
         self.buckets: list[flat.Bucket] = []
         self.devices: list[TritonBackend | AtenBackend] = []
-        self.schedules = [group["schedule"] for group in groups]
+        counts = previous.counts(state) if previous else {}
         keyed: dict[tuple[torch.device, torch.dtype], list[tuple[Tensor, int]]] = {}
         for _, p, group in named_params(groups):
             keyed.setdefault((p.device, p.dtype), []).append((p, group))
@@ -71,6 +82,14 @@ class Layout:
         for device, name in chosen.items():
             own = [bucket for bucket in self.buckets if bucket.device == device]
             self.devices.append(BACKENDS[name](rule, own, groups, steps_applied))
+        made = [bucket.weights for bucket in self.buckets if bucket.weights is not None]
+        in_use = {p.untyped_storage().data_ptr() for _, p, _ in named_params(groups)}
+        made += previous._weights if previous else []
+        self._weights: list[Tensor] = [weights for weights in made if weights.data_ptr() in in_use]
+        # A captured graph goes on addressing the layout it was captured with.
+        self._kept: list[Layout] = []
+        if previous is not None:
+            self._kept = [*previous._kept, *([previous] if previous.captured else [])]
 
     def _take_state(self, bucket: flat.Bucket, counts: Mapping[Tensor, int]) -> None:
         """Copy what the optimizer's state holds into the bucket, and let it hold the views."""
@@ -85,35 +104,31 @@ class Layout:
                 if state.get(name) is not None:
                     state[name] = view.copy_(state[name])
                     segment.shown.add(name)
+            if flat.MASTER not in segment.state:
+                state.pop(flat.MASTER, None)
         # All that SGD needs to know of a state from outside is whether there was any update.
         steps = [counts.get(s.param, int(not s.shown.isdisjoint(self._rule.states))) for s in bucket.segments]
-        bucket.steps.copy_(torch.tensor(steps, dtype=torch.int64))
+        bucket.steps.copy_(torch.tensor(steps, dtype=torch.int64, device="cpu"))
 
-    def counts(self) -> dict[Tensor, int]:
-        """Counted updates by parameter, of those whose state is still ours. Reads the device."""
+    def counts(self, state: State) -> dict[Tensor, int]:
+        """Counted updates by parameter, of those whose `state` is still our views. Reads the device."""
         return {
             segment.param: count
             for bucket in self.buckets
             for segment, count in zip(bucket.segments, bucket.steps.tolist(), strict=True)
-            if not self._state_changed(segment)
+            if not _state_changed(segment, state)
         }
 
-    def _state_changed(self, segment: flat.Segment) -> bool:
-        """Whether someone else replaced, added or removed entries of the optimizer's state."""
-        state = self._state.get(segment.param, {})
-        for name, view in segment.state.items():
-            if state.get(name) is not (view if name in segment.shown else None):
-                return True
-        return False
-
     def stale(self, groups: list[Group], state: State) -> bool:
-        """Whether anything is not where it was. Every step asks, so this allocates next to nothing."""
-        return (
-            state is not self._state
-            or groups is not self._groups
-            or any(group["schedule"] is not schedule for group, schedule in zip(groups, self.schedules, strict=True))
-            or any(segment.moved or self._state_changed(segment) for b in self.buckets for segment in b.segments)
-        )
+        """Whether anything is not what or where it was. Every step asks, so this allocates next to nothing."""
+        if groups is not self._groups or state is not self._state or len(groups) != len(self._built_for):
+            return True
+        for group, (schedule, params) in zip(groups, self._built_for, strict=True):
+            if group["schedule"] is not schedule or len(group["params"]) != len(params):
+                return True
+            if any(map(operator.is_not, group["params"], params)):
+                return True
+        return any(segment.moved or _state_changed(segment, state) for b in self.buckets for segment in b.segments)
 
     def gradients(self, bucket: flat.Bucket, frozen: set[int]) -> list[Tensor | None]:
         """The gradient of each segment that is to move, in its parameter's layout; its state is made and shown."""
@@ -125,13 +140,31 @@ class Layout:
                     if name not in bucket.state:
                         self.refuse_under_capture(f"{name} does not exist yet")
                         bucket.add_state(name)
-                    segment.used.add(name)
-                if segment.shown != segment.used:
-                    segment.shown |= segment.used
-                    self._state[p].update((name, segment.state[name]) for name in segment.shown)
+                    self._show(segment, name)
+                if flat.MASTER in segment.state:
+                    self._show(segment, flat.MASTER)
                 gradient = None if segment.group in frozen else flat.in_layout_of(p, gradient)
             gradients.append(gradient)
         return gradients
+
+    def _show(self, segment: flat.Segment, name: str) -> None:
+        if name not in segment.shown:
+            segment.shown.add(name)
+            self._state[segment.param][name] = segment.state[name]
+
+    def unflatten(self) -> None:
+        """Give every parameter that lives in a buffer made here, or in an earlier layout, a storage of its own."""
+        made = {weights.data_ptr() for weights in self._weights}
+        for segment in (segment for bucket in self.buckets for segment in bucket.segments):
+            p = segment.param
+            if p.untyped_storage().data_ptr() in made:
+                p.data = p.data.clone(memory_format=torch.preserve_format)
+                segment.place = flat.place_of(p)
+        self._weights = []
+
+    @property
+    def captured(self) -> bool:
+        return any(device.captured for device in self.devices)
 
     @property
     def capturing(self) -> bool:

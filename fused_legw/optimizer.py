@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from . import checkpoint, checks
+from .decays import count
 from .layout import Layout, check_params, named_params
 from .rule import Rule
 from .schedule import LEGW
@@ -43,7 +44,7 @@ class FusedOptimizer(torch.optim.Optimizer):
         self._rule.check(defaults)
         self._options: dict[str, Any] = dict(backend=backend, flatten=flatten, master_weights=master_weights, tile=tile)
         self._layout: Layout | None = None
-        self._shown_lr: list[float | None] = []
+        self._shown_lr: dict[int, float] = {}  # by id of the group: what we wrote to its "lr"
         self._host_steps = 0  # what the host knows of steps_applied without asking a device
         self._steps_given = False
         super().__init__(params, {**defaults, "schedule": None})
@@ -59,7 +60,8 @@ class FusedOptimizer(torch.optim.Optimizer):
         try:
             self._rule.check(group)
             _check_schedule(len(self.param_groups) - 1, group["schedule"])
-            check_params(self._rule, self.param_groups, self.state, self._options["backend"])
+            if self._layout is not None:
+                check_params(self._rule, self.param_groups, self.state, self._options["backend"])
         except BaseException:
             self.param_groups.pop()
             raise
@@ -71,12 +73,11 @@ class FusedOptimizer(torch.optim.Optimizer):
     @property
     def steps_applied(self) -> int:
         """Updates applied so far, the schedule's t for the next one. Reads the device; can be set."""
-        return self._host_steps if self._layout is None else int(self._layout.devices[0].counts)
+        return int(self._layout.devices[0].counts) if self._layout and self._layout.devices else self._host_steps
 
     @steps_applied.setter
     def steps_applied(self, value: int) -> None:
-        if not isinstance(value, int) or isinstance(value, bool) or value < 0:
-            raise ValueError(f"steps_applied must be an integer, zero or more, got {value!r}")
+        value = count("steps_applied", value, zero=True)
         for device in self._layout.devices if self._layout else ():
             device.counts.fill_(value)
         self._host_steps, self._steps_given = value, True
@@ -87,55 +88,62 @@ class FusedOptimizer(torch.optim.Optimizer):
         t = max(self.steps_applied - 1, 0)
         return [group["schedule"](t) if group["schedule"] else float(group["lr"]) for group in self.param_groups]
 
-    def _show_lr(self, frozen: Iterable[int] = ()) -> None:
-        """Let param_groups show the LR of the last update the host knows of."""
-        for i, group in enumerate(self.param_groups):
-            if group["schedule"] is not None and i not in frozen:
-                group["lr"] = self._shown_lr[i] = group["schedule"](max(self._host_steps - 1, 0))
+    def _show_lr(self) -> None:
+        """Let param_groups show what the host knows: the updates applied, and the LR of the last one."""
+        for group in self.param_groups:
+            group["steps_applied"] = self._host_steps
+            shown = self._shown_lr.pop(id(group), group["lr"])
+            if group["schedule"] is not None:
+                if group["lr"] == shown:  # what someone wrote there stays, for the next step to judge
+                    group["lr"] = shown = group["schedule"](max(self._host_steps - 1, 0))
+                self._shown_lr[id(group)] = shown
 
-    def _frozen_groups(self) -> set[int]:
-        """LEGW groups whose shown LR was overwritten by 0: state is made for them, nothing moves or advances.
+    def _check_groups(self) -> set[int]:
+        """Refuse hyper-parameters that cannot be used; return the LEGW groups whose shown LR was overwritten by 0.
 
-        torch.distributed.checkpoint does that to bring an optimizer's state into being.
+        torch.distributed.checkpoint writes 0 to bring an optimizer's state into being: state is made for such groups,
+        nothing moves or advances.
         """
         frozen = set()
-        for i, (group, shown) in enumerate(zip(self.param_groups, self._shown_lr, strict=True)):
-            _check_schedule(i, group["schedule"])
-            if group["schedule"] is None:
-                continue
-            if hasattr(self.step, "_wrapped_by_lr_sched"):
+        for i, group in enumerate(self.param_groups):
+            lr, schedule, shown = group["lr"], group["schedule"], self._shown_lr.get(id(group))
+            _check_schedule(i, schedule)
+            self._rule.hyper(group)
+            if schedule is None and isinstance(lr, LEGW):
+                raise TypeError(f"param_groups[{i}]['lr'] was set to {lr}: set param_groups[{i}]['schedule'] instead")
+            if schedule is not None and hasattr(self.step, "_wrapped_by_lr_sched"):
                 raise RuntimeError(
-                    f"param_groups[{i}] follows {group['schedule']}, but a torch LR scheduler was made for this "
-                    "optimizer: use one or the other"
+                    f"param_groups[{i}] follows {schedule}, but a torch LR scheduler was made for this optimizer: "
+                    "use one or the other"
                 )
-            if group["lr"] != shown:
-                if group["lr"] != 0:
+            if schedule is not None and shown is not None and lr != shown:
+                if lr != 0:
                     raise RuntimeError(
-                        f"param_groups[{i}]['lr'] was set to {group['lr']!r}, but the group follows "
-                        f"{group['schedule']}: to change its LR set param_groups[{i}]['schedule']"
+                        f"param_groups[{i}]['lr'] was set to {lr!r}, but the group follows {schedule}: "
+                        f"to change its LR set param_groups[{i}]['schedule']"
                     )
                 frozen.add(i)
         return frozen
 
     # Flat buffers
 
+    @torch.inference_mode(False)
     @torch.no_grad()
-    def _adopt(self) -> None:
+    def _adopt(self, steps_applied: int | None = None) -> None:
         """(Re)build the flat buffers from the parameters and `self.state` as they are now."""
         check_params(self._rule, self.param_groups, self.state, self._options["backend"])
-        counts = {} if self._layout is None else self._layout.counts()
+        steps = self.steps_applied if steps_applied is None else steps_applied
         self._layout = Layout(
-            self._rule, self.param_groups, self.state, **self._options, steps_applied=self.steps_applied, counts=counts
+            self._rule, self.param_groups, self.state, **self._options, steps_applied=steps, previous=self._layout
         )
-        self._shown_lr = [None] * len(self.param_groups)
         self._show_lr()
 
     @torch.no_grad()
     def unflatten(self) -> None:
         """Give every parameter a storage of its own again; state stays flat, and later steps work as before."""
         self._options["flatten"] = False
-        for bucket in self._layout.buckets if self._layout else ():
-            bucket.unflatten()
+        if self._layout is not None:
+            self._layout.unflatten()
 
     @property
     def backend(self) -> str:
@@ -145,6 +153,7 @@ class FusedOptimizer(torch.optim.Optimizer):
 
     # The step
 
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """One update of every parameter that has a gradient; returns the closure's loss, if one is given.
@@ -156,7 +165,7 @@ class FusedOptimizer(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        frozen = self._frozen_groups()
+        frozen = self._check_groups()
         if not all(checks.usable_gradient(p) for group in self.param_groups for p in group["params"]):
             for name, p, _ in named_params(self.param_groups):
                 checks.check_gradient(name, p)
@@ -171,7 +180,7 @@ class FusedOptimizer(torch.optim.Optimizer):
         gradients = [[layout.gradients(bucket, frozen) for bucket in device.buckets] for device in layout.devices]
         if all(g is None for of_device in gradients for of_bucket in of_device for g in of_bucket):
             return
-        scheduled = {i for i, schedule in enumerate(layout.schedules) if schedule is not None}
+        scheduled = {i for i, group in enumerate(self.param_groups) if group["schedule"] is not None}
         advance = not scheduled or not scheduled <= frozen
         for device, of_device in zip(layout.devices, gradients, strict=True):
             device.step(self.param_groups, of_device, advance=advance)
@@ -181,7 +190,7 @@ class FusedOptimizer(torch.optim.Optimizer):
                 torch.autograd.graph.increment_version(moved)
         if advance and not layout.capturing:
             self._host_steps += 1
-            self._show_lr(frozen)
+            self._show_lr()
 
     # Checkpoints and copies
 
@@ -212,16 +221,12 @@ class FusedOptimizer(torch.optim.Optimizer):
         """Called by load_state_dict with state and param_groups, by copying and unpickling with everything."""
         state = dict(state)
         copied = "_options" in state
-        steps = {group.pop("steps_applied", None) for group in state["param_groups"]} | {
-            state.pop("_steps_applied", None)
-        }
-        steps_applied = max(steps - {None}, default=None)
-        if steps_applied is None:
-            steps_applied = self.steps_applied
-        self._layout = None
+        given = [group.get("steps_applied") for group in state["param_groups"]]
+        steps_applied = state.pop("_steps_applied", given[0] if given else None)
         super().__setstate__({**state, "state": checkpoint.unbox(state["state"])})
         if copied:
-            self._steps_given = False
+            self._layout, self._host_steps, self._steps_given = None, 0, False
             self.register_state_dict_post_hook(checkpoint.pack)  # type: ignore[arg-type]
-        self._host_steps = steps_applied
-        self._adopt()
+        self._shown_lr = {}
+        self._host_steps = self.steps_applied if steps_applied is None else steps_applied
+        self._adopt(self._host_steps)

@@ -10,23 +10,26 @@ from torch import Tensor
 
 def capturing(device: torch.device) -> bool:
     """Whether work on the device's current stream is being captured into a CUDA graph."""
-    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+    if device.type != "cuda":
+        return False
+    with torch.cuda.device(device):  # whose current stream is asked
+        return torch.cuda.is_current_stream_capturing()
 
 
 class _Staging:
     """A pinned host buffer that is not rewritten while its asynchronous copy is still under way."""
 
     def __init__(self, numel: int, dtype: torch.dtype, device: torch.device) -> None:
-        self._buffer = torch.empty(numel, dtype=dtype, pin_memory=device.type == "cuda")
+        self._buffer = torch.empty(numel, dtype=dtype, device="cpu", pin_memory=device.type == "cuda")
         self._copied = torch.cuda.Event() if device.type == "cuda" else None
 
     def copy(self, values: Sequence[float], to: Tensor, *, captured: bool = False) -> None:
         if self._copied is not None and not captured:
             self._copied.synchronize()
-        self._buffer.copy_(torch.tensor(values, dtype=self._buffer.dtype))
+        self._buffer.copy_(torch.tensor(values, dtype=self._buffer.dtype, device="cpu"))
         to.copy_(self._buffer, non_blocking=True)
         if self._copied is not None and not captured:
-            self._copied.record()
+            self._copied.record(torch.cuda.current_stream(to.device))
 
 
 class Table:
@@ -47,6 +50,11 @@ class Table:
         self._shared = shared
         self._spare: tuple[Tensor, _Staging] | None = None
         self._captured: list[tuple[Tensor, _Staging]] = []  # alive as long as a graph may replay them
+
+    @property
+    def captured(self) -> bool:
+        """Whether a graph may still replay an upload of this table."""
+        return bool(self._captured)
 
     def write(self, values: Sequence[float]) -> Tensor:
         """The device table holding these values, for the kernels launched next on the current stream."""

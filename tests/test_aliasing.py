@@ -189,6 +189,77 @@ def test_state_replaced_or_cleared_by_the_user(backend, params):
     assert torch.equal(replacement, torch.ones_like(replacement)), "the user's tensor is copied, not written"
 
 
+def _aliased(device: str) -> dict[str, tuple[torch.Tensor, Tensor]]:
+    """A parameter that has a whole storage, and the other tensor that refers to it."""
+    import numpy as np
+
+    x, holder = torch.ones(40, device=device), nn.Linear(10, 4, bias=False).to(device)
+    cases = {"tensor": (nn.Parameter(x), x), "state dict": (holder.weight, holder.state_dict()["weight"])}
+    if device == "cpu":
+        array = np.ones(40, dtype=np.float32)
+        cases["numpy"] = nn.Parameter(torch.from_numpy(array)), torch.from_numpy(array)
+    return cases
+
+
+@pytest.mark.parametrize("case", ["tensor", "state dict", "numpy"])
+def test_memory_that_someone_else_refers_to_is_not_moved(backend, device, case):
+    cases = _aliased(device)
+    if case not in cases:
+        pytest.skip("NumPy's arrays are on the CPU")
+    p, other = cases[case]
+    optimizer = SGD([p], lr=0.5, tile=16, backend=backend)
+    p.grad = torch.ones_like(p)
+    optimizer.step()
+    same([other], [p.detach()])
+
+
+def test_modules_parameters_are_moved(backend, device):
+    """The usual case is not taken for an alias."""
+    model = nn.Sequential(nn.Linear(4, 8), nn.LSTM(8, 8, 2), nn.BatchNorm1d(8)).to(device)
+    optimizer = make(model.parameters(), backend)
+    (bucket,) = optimizer._layout.buckets
+    inside = [p.untyped_storage().data_ptr() == bucket.weights.data_ptr() for p in model.parameters()]
+    assert sum(inside) >= 4 and (
+        device != "cpu" or all(inside)
+    )  # cuDNN keeps the LSTM's weights in a storage of its own
+
+
+@pytest.mark.parametrize("rebuilt", ["load_state_dict", "add_param_group", "replaced data"])
+def test_unflatten_after_a_rebuild(backend, device, rebuilt):
+    params = make_params(torch.float32, device)
+    optimizer = make(params[:-1], backend)
+    if rebuilt == "load_state_dict":
+        optimizer.load_state_dict(optimizer.state_dict())
+    elif rebuilt == "add_param_group":
+        optimizer.add_param_group(dict(params=params[-1:]))
+    else:
+        params[0].data = params[0].data.clone()
+        run(optimizer, range(1), params)
+    optimizer.unflatten()
+    storages = [p.untyped_storage() for p in params[:-1]]
+    assert len({s.data_ptr() for s in storages}) == len(storages)
+    assert all(s.nbytes() == p.numel() * 4 for s, p in zip(storages, params, strict=False))
+    assert not optimizer._layout._weights
+
+
+def test_masters_go_when_the_parameters_are_float32(backend, device):
+    model = nn.Linear(4, 4).to(device, torch.bfloat16)
+    optimizer = make(model.parameters(), backend)
+    run(optimizer, range(1), list(model.parameters()))
+    model.float()
+    run(optimizer, range(1, 2), list(model.parameters()))
+    assert all(set(values) == {"momentum_buffer"} for values in optimizer.state.values())
+
+
+def test_made_in_inference_mode(backend, device):
+    (p,) = make_params(torch.float32, device, [(4,)])
+    with torch.inference_mode():
+        optimizer = SGD([p], lr=0.5, tile=16, backend=backend)
+    p.grad = torch.ones_like(p)
+    optimizer.step()
+    (p * p).sum().backward()
+
+
 def test_state_of_another_shape_is_refused(backend, device):
     (p,) = make_params(torch.float32, device, [(4,)])
     optimizer = make([p], backend)

@@ -11,7 +11,7 @@ from conftest import DEVICE
 from test_sgd import legw, make_params, twins
 from torch import Tensor
 
-from fused_legw import SGD, Cosine, layout, table
+from fused_legw import SGD, Cosine, backends, layout, table
 
 
 class _Recorded:
@@ -41,6 +41,7 @@ def _recording(monkeypatch: pytest.MonkeyPatch) -> Iterator[_Recorded]:
     with monkeypatch.context() as patch:
         patch.setattr(table, "capturing", lambda device: True)
         patch.setattr(layout, "capturing", lambda device: True)
+        patch.setattr(backends, "capturing", lambda device: True)
         patch.setattr(table._Staging, "copy", upload)
         patch.setattr(launch, "step", lambda *args, **arguments: graph.work.append(lambda: step(*args, **arguments)))
         yield graph
@@ -126,6 +127,43 @@ def test_a_capture_counts_only_when_replayed(triton_device, monkeypatch):
         sgd.step()
     assert sgd.steps_applied == 1
     assert sgd.param_groups[0]["lr"] == shown
+
+
+def test_a_graph_outlives_a_rebuild(triton_device, monkeypatch):
+    """What it addresses stays, though a rebuild made new buffers; capture again to go on with those."""
+    import gc
+    import weakref
+
+    params, sgd = _setup(triton_device)
+    _gradients(params, 1.0)
+    sgd.step()
+    with _capturing(monkeypatch):
+        sgd.step()
+    momentum = weakref.ref(sgd._layout.buckets[0].state["momentum_buffer"])
+    sgd.load_state_dict(sgd.state_dict())
+    gc.collect()
+    assert momentum() is not None
+
+
+def test_a_refused_capture_leaves_nothing_behind(triton_device, monkeypatch):
+    """A ticket made inside a capture would not be zero outside of it."""
+    params, sgd = _setup(triton_device)
+    _gradients(params, 1.0)
+    with pytest.raises(RuntimeError, match="eager"), _capturing(monkeypatch):
+        sgd.step()
+    assert not sgd._layout.devices[0]._segment_tables
+    sgd.step()
+    assert sgd.steps_applied == 1
+
+
+def test_the_aten_backend_is_not_captured(device, monkeypatch):
+    (p,) = make_params(torch.float32, device, [(4,)])
+    sgd = SGD([p], lr=legw(), backend="aten")
+    _gradients([p], 1.0)
+    monkeypatch.setattr(backends, "capturing", lambda device: True)
+    with pytest.raises(RuntimeError, match="backend='aten' cannot be captured"):
+        sgd.step()
+    assert sgd.steps_applied == 0
 
 
 @pytest.mark.parametrize("change", ["no eager step", "moved", "hyper-parameter", "state"])

@@ -147,6 +147,9 @@ def test_what_cannot_be_loaded_changes_nothing(backend, device):
 
     cases = [
         (changed(steps_applied=-1), "steps_applied must be an integer, zero or more, got -1"),
+        (changed(steps_applied=2**63), "steps_applied must be an integer"),
+        (changed(steps_applied=True), "steps_applied must be an integer"),
+        ({**good, "param_groups": []}, "different number of parameter groups"),
         (changed(steps_applied=2.5), "steps_applied must be an integer"),
         (changed(momentum=-1), "Invalid momentum value: -1"),
         (changed(schedule={"base_lr": 1}), r"schedule must be what LEGW.to_dict\(\) gives"),
@@ -164,6 +167,7 @@ def test_what_cannot_be_loaded_changes_nothing(backend, device):
     after = optimizer.state_dict()
     torch.testing.assert_close(after["state"], good["state"], rtol=0, atol=0)
     assert after["param_groups"] == good["param_groups"]
+    optimizer.step()
 
 
 def test_hooks_run_in_torchs_order(backend, device):
@@ -194,3 +198,54 @@ def test_torchs_old_dicts_say_none(backend, device):
     optimizer.step()
     assert optimizer.state[params[0]]["momentum_buffer"].tolist() == [1.0] * 4
     assert optimizer.state[params[1]]["momentum_buffer"].tolist() == [1.4] * 5
+
+
+def test_a_checkpoint_without_a_schedule_keeps_the_optimizers(backend, device):
+    """Tune with a number, resume with LEGW: what the constructor says is not silently dropped."""
+    params = make_params(torch.float32, device, [(4,)])
+    plain = SGD(params, lr=0.1, momentum=0.9, tile=16, backend=backend)
+    give_gradients(0, params)
+    plain.step()
+    optimizer = SGD(twins(params), lr=legw(), momentum=0.9, tile=16, backend=backend)
+    optimizer.load_state_dict(plain.state_dict())
+    assert optimizer.param_groups[0]["schedule"] == legw()
+    assert optimizer.steps_applied == 1
+
+
+@pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
+@pytest.mark.parametrize("flattened", [False, True])
+@pytest.mark.parametrize("scheduled", [True, False])
+def test_distributed_checkpoint(backend, device, tmp_path, flattened, scheduled):
+    """torch.distributed.checkpoint's recipe: its template is a fresh optimizer's state dict, made by a step at LR 0."""
+    import torch.distributed.checkpoint as dcp
+    from torch.distributed.checkpoint import state_dict as dsd
+
+    options = dsd.StateDictOptions(flatten_optimizer_state_dict=flattened)
+
+    def make() -> tuple[torch.nn.Module, SGD]:
+        torch.manual_seed(0)
+        model = torch.nn.Linear(3, 2).to(device)
+        lr = legw(Cosine()) if scheduled else 0.1
+        return model, SGD(model.parameters(), lr=lr, momentum=0.9, tile=16, backend=backend)
+
+    model, optimizer = make()
+    for step in range(4):
+        give_gradients(step, list(model.parameters()), skip=False)
+        optimizer.step()
+    saved = dict(m=dsd.get_model_state_dict(model), o=dsd.get_optimizer_state_dict(model, optimizer, options=options))
+    resumed, other = make()
+    if flattened:
+        dsd.set_model_state_dict(resumed, saved["m"])
+        dsd.set_optimizer_state_dict(resumed, other, saved["o"], options=options)
+    else:
+        dcp.save(saved, checkpoint_id=tmp_path, no_dist=True)
+        template = dict(m=dsd.get_model_state_dict(resumed), o=dsd.get_optimizer_state_dict(resumed, other))
+        dcp.load(template, checkpoint_id=tmp_path, no_dist=True)
+        dsd.set_model_state_dict(resumed, template["m"])
+        dsd.set_optimizer_state_dict(resumed, other, template["o"])
+    assert other.steps_applied == 4
+    for step in range(4, 8):
+        for m, o in ((model, optimizer), (resumed, other)):
+            give_gradients(step, list(m.parameters()), skip=False)
+            o.step()
+    torch.testing.assert_close(list(model.parameters()), list(resumed.parameters()), rtol=0, atol=0)

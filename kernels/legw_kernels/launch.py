@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import struct
 from collections.abc import Sequence
 from typing import Any
 
@@ -18,6 +17,7 @@ from .scalars import Recipe
 SEGMENT_WIDTH: int = skeleton.SEGMENT_WIDTH.value
 GROUP_WIDTH: int = skeleton.GROUP_WIDTH.value
 INTERPRETED = isinstance(skeleton.step_kernel, InterpretedFunction)
+WARPS = 4
 RULES: dict[str, Any] = {"sgd": rules.sgd}
 DTYPES: dict[torch.dtype, Any] = {
     torch.float32: tl.float32,
@@ -27,23 +27,29 @@ DTYPES: dict[torch.dtype, Any] = {
 }
 
 
+def _registers(param_dtype: torch.dtype) -> int:
+    """What the largest variant takes on sm_80."""
+    return 128 if param_dtype == torch.float64 else 72
+
+
 def options(param_dtype: torch.dtype, *, amd: bool = torch.version.hip is not None) -> dict[str, Any]:
     """Compiler options.
 
     Fusing a * b + c into one rounding would save nothing in a kernel that waits for memory, and would make its bits
-    depend on the target; Triton's default for it differs between versions. The register limit is what the largest
-    variant takes on sm_80: told of it, ptxas does not spill in order to stay below some smaller number.
+    depend on the target; Triton's default for it differs between versions. Told of a register limit, ptxas does not
+    spill in order to stay below some smaller number.
     """
-    limit = {} if amd else {"maxnreg": 128 if param_dtype == torch.float64 else 72}
-    return {"num_warps": 4, "enable_fp_fusion": False, **limit}
+    limit = {} if amd else {"maxnreg": _registers(param_dtype)}
+    return {"num_warps": WARPS, "enable_fp_fusion": False, **limit}
 
 
 @functools.cache
-def _most_programs(device: torch.device) -> int:
-    """Enough to fill the device, few enough that taking tickets costs nothing; a handful in the interpreter."""
+def _most_programs(device: torch.device, param_dtype: torch.dtype) -> int:
+    """As many as are resident at once, so that equal shares end together; a handful in the interpreter."""
     if device.type != "cuda":
         return 4
-    return 8 * torch.cuda.get_device_properties(device).multi_processor_count
+    resident = 65536 // (32 * WARPS * _registers(param_dtype))
+    return resident * torch.cuda.get_device_properties(device).multi_processor_count
 
 
 def segment_row(p: Tensor, gradient: Tensor | None, first_tile: int, group: int) -> list[int]:
@@ -61,8 +67,10 @@ def group_row(
     in the milestone table. counted: whether an update advances the tensor's own count. hyper: weight decay, momentum,
     dampening, nesterov, sign.
     """
-    address = struct.unpack("d", struct.pack("q", 0 if lr is None else lr.data_ptr()))[0]
-    return [*recipe, address, *milestones, counted, *hyper]
+    address = 0 if lr is None else lr.data_ptr()
+    if int(float(address)) != address:
+        raise ValueError(f"lr is a tensor at address {address}, which float64 does not hold: clone it")
+    return [*recipe, float(address), *milestones, counted, *hyper]
 
 
 def step(
@@ -87,7 +95,7 @@ def step(
     advance: whether this is the step's last launch on the device, the one that advances `counts`.
     """
     device, n_tiles = segments.device, tiles.numel()
-    kernel = skeleton.step_kernel[(max(1, min(n_tiles, _most_programs(device))),)]
+    kernel = skeleton.step_kernel[(max(1, min(n_tiles, _most_programs(device, param_dtype))),)]
     with torch.cuda.device(device if device.type == "cuda" else -1):
         kernel(
             segments, tiles, groups, milestones, counts, steps, ticket, state, master, n_tiles, steps.numel(),

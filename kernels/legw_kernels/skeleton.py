@@ -25,7 +25,7 @@ ALIGNED = tl.constexpr(5)  # 1 if both addresses are multiples of 16
 SEGMENT_WIDTH = tl.constexpr(6)
 
 # Columns of a group's row: the recipe's fields in their order, then these.
-LR_ADDRESS = tl.constexpr(10)  # int64 bits: a device tensor that holds the LR
+LR_ADDRESS = tl.constexpr(10)  # of a device tensor that holds the LR
 MILESTONES = tl.constexpr(11)  # this group's slice of the milestone table: begin,
 MILESTONE_COUNT = tl.constexpr(12)  # and length
 COUNTED = tl.constexpr(13)  # 1 if an update advances the tensor's own count
@@ -71,7 +71,7 @@ def group_lr(row, t, milestones):
 
 @triton.jit
 def _lr_pointer(row, dtype: tl.constexpr):
-    return tl.load(row + LR_ADDRESS).to(tl.int64, bitcast=True).to(tl.pointer_type(dtype))
+    return tl.load(row + LR_ADDRESS).to(tl.int64).to(tl.pointer_type(dtype))
 
 
 @triton.jit
@@ -158,7 +158,7 @@ def count_steps(segments, groups, steps, n_segments):
         tl.store(steps + k, tl.load(steps + k, mask=counted, other=0) + 1, mask=counted)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["n_tiles", "n_segments"])
 def step_kernel(
     segments, tiles, groups, milestones, counts, steps, ticket, state, master, n_tiles, n_segments,
     RULE: tl.constexpr, PARAM: tl.constexpr, GRAD: tl.constexpr, COMPUTE: tl.constexpr, ADVANCE: tl.constexpr,
