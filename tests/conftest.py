@@ -12,6 +12,8 @@ import os
 
 import pytest
 import torch
+from cases import make_params
+from torch import Tensor
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DEVICE = "cuda" if torch.cuda.is_available() and not INTERPRETED else "cpu"
@@ -50,3 +52,8 @@ def triton_device(device: str) -> str:
 @pytest.fixture(autouse=True)
 def _seed() -> None:
     torch.manual_seed(0)
+
+
+@pytest.fixture(params=[torch.float32, torch.bfloat16], ids=str)
+def params(request, device) -> list[Tensor]:
+    return make_params(request.param, device)

@@ -7,8 +7,8 @@ from contextlib import contextmanager
 
 import pytest
 import torch
+from cases import legw, make_params, twins
 from conftest import DEVICE
-from test_sgd import legw, make_params, twins
 from torch import Tensor
 
 from fused_legw import SGD, Cosine, backends, layout, table

@@ -6,7 +6,7 @@ import io
 
 import pytest
 import torch
-from test_sgd import give_gradients, legw, make_params, twins
+from cases import give_gradients, legw, make_params, twins
 
 from fused_legw import LEGW, SGD, Cosine, MultiStep
 

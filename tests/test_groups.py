@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from test_sgd import give_gradients, legw, make_params, twins
+from cases import give_gradients, legw, make_params, twins
 
 from fused_legw import LEGW, SGD, Cosine, MultiStep
 
@@ -209,61 +209,6 @@ def test_a_group_added_later_joins_at_the_same_t(backend, device):
     assert optimizer.steps_applied == 4
 
 
-def _torch_and_ours(backend: str, device: str, **options):
-    params = make_params(torch.float64, device, [(4,), (5,), (6,)])
-    plain = twins(params)
-    pairs = [(params, SGD, dict(tile=16, backend=backend)), (plain, torch.optim.SGD, {})]
-    return [
-        (ps, cls([dict(params=ps[:1]), dict(params=ps[1:2], lr=1.0)], lr=0.1, **options, **own))
-        for ps, cls, own in pairs
-    ]
-
-
-def _append(params, optimizer):
-    optimizer.param_groups[0]["params"].append(params[2])
-
-
-def _replace(params, optimizer):
-    optimizer.param_groups[0]["params"][0] = params[2]
-
-
-def _remove(params, optimizer):
-    optimizer.param_groups[1]["params"].pop()
-
-
-def _move(params, optimizer):
-    optimizer.param_groups[1]["params"].append(optimizer.param_groups[0]["params"].pop())
-
-
-def _remove_group(params, optimizer):
-    optimizer.param_groups.pop(0)
-
-
-@pytest.mark.parametrize("edit", [_append, _replace, _remove, _move, _remove_group])
-@pytest.mark.parametrize("momentum", [0, 0.9])
-def test_edited_groups_are_followed(backend, device, edit, momentum):
-    """Pruning and densification code edits param_groups in place."""
-    both = _torch_and_ours(backend, device, momentum=momentum)
-    for step in range(6):
-        give_gradients(step, *(ps for ps, _ in both), skip=False)
-        for ps, optimizer in both:
-            if step == 3:
-                edit(ps, optimizer)
-            optimizer.step()
-    torch.testing.assert_close(both[0][0], both[1][0], rtol=1e-12, atol=1e-14)
-
-
-def test_an_empty_group(backend, device):
-    optimizer = SGD([dict(params=[])], lr=legw(), tile=16, backend=backend)
-    optimizer.step()
-    assert optimizer.steps_applied == 0 and optimizer.state_dict()["param_groups"][0]["params"] == []
-    p = torch.zeros(3, dtype=torch.float64, device=device, requires_grad=True)
-    optimizer.add_param_group(dict(params=[p]))
-    p.grad = -torch.ones_like(p)
-    optimizer.step()
-    assert p.tolist() == pytest.approx([legw()(0)] * 3, rel=1e-12)
-
-
 def test_a_written_lr_outlives_a_rebuild(backend, device):
     params = make_params(torch.float32, device, [(4,), (5,)])
     optimizer = SGD(params[:1], lr=legw(), tile=16, backend=backend)
@@ -299,24 +244,6 @@ def test_a_bad_option_in_a_later_group_changes_nothing(backend, device):
     with pytest.raises(ValueError, match="much"):
         optimizer.step()
     torch.testing.assert_close(params, before, rtol=0, atol=0)
-
-
-def test_torch_compile_breaks_the_graph(device):
-    """As around torch's own: the step runs as it is."""
-    p = torch.ones(3, device=device, requires_grad=True)
-    optimizer = SGD([p], lr=0.5, backend="aten")
-    p.grad = torch.ones_like(p)
-    torch.compile(optimizer.step, backend="eager")()
-    assert p.tolist() == [0.5] * 3
-
-
-def test_another_default_device(triton_device):
-    p = torch.ones(3, device=triton_device, requires_grad=True)
-    p.grad = torch.ones_like(p)
-    with torch.device("meta"):
-        for backend in ("triton", "aten"):
-            SGD([p], lr=0.25, tile=16, momentum=0.9, backend=backend).step()
-    assert p.tolist() == [0.5] * 3
 
 
 def test_repr_and_defaults():

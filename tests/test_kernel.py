@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
+from cases import give_gradients, legw, make_params, twins
 from conftest import INTERPRETED
-from test_sgd import give_gradients, legw, make_params, twins
 from torch import Tensor
 
 from fused_legw import SGD, Cosine

@@ -6,12 +6,12 @@ import itertools
 
 import pytest
 import torch
+from cases import error, give_gradients, legw, make_params, twins
 from conftest import INTERPRETED
 from torch import Tensor
 
-from fused_legw import LEGW, SGD, Constant, Cosine, Exponential, MultiStep, Polynomial, reference
+from fused_legw import SGD, Constant, Cosine, Exponential, MultiStep, Polynomial, reference
 
-SHAPES = [(5,), (3, 7), (100,), (), (0,), (64,), (2, 3, 3, 3)]
 OPTIONS = [
     dict(),
     dict(weight_decay=0.1),
@@ -29,46 +29,6 @@ DECAYS = [
     Cosine(0.01),
     MultiStep([1, 8], 0.5),
 ]
-
-
-def legw(decay=Constant(), **changes) -> LEGW:  # noqa: B008
-    """200 updates in 10 epochs, 40 of them warm-up."""
-    return LEGW(
-        **dict(
-            base_lr=0.1,
-            base_batch_size=16,
-            base_warmup_epochs=0.5,
-            batch_size=64,
-            dataset_size=1280,
-            epochs=10,
-            decay=decay,
-        )
-        | changes
-    )
-
-
-def make_params(dtype: torch.dtype, device: str, shapes=SHAPES) -> list[Tensor]:
-    generator = torch.Generator().manual_seed(1)
-    return [torch.randn(s, generator=generator).to(device, dtype).requires_grad_() for s in shapes]
-
-
-def twins(params: list[Tensor], dtype: torch.dtype | None = None) -> list[Tensor]:
-    return [p.detach().to(dtype or p.dtype, copy=True).requires_grad_() for p in params]
-
-
-def give_gradients(step: int, *lists: list[Tensor], skip: bool = True) -> None:
-    """The same random gradients to every list, rounded to the first one's dtype; now and then one is None."""
-    generator = torch.Generator().manual_seed(1000 + step)
-    for j, same in enumerate(zip(*lists, strict=True)):
-        g = torch.randn(same[0].shape, generator=generator).to(same[0].device, same[0].dtype)
-        for p in same:
-            p.grad = None if skip and (step + j) % 5 == 4 else g.to(p.dtype)
-
-
-def error(params: list[Tensor], exact: list[Tensor]) -> list[float]:
-    """Per tensor, max|a - ref64| / max|ref64|."""
-    pairs = [(p.double(), q.double()) for p, q in zip(params, exact, strict=True) if q.numel()]
-    return [((p - q).abs().max() / q.abs().max()).item() for p, q in pairs]
 
 
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
