@@ -33,8 +33,8 @@ def test_wide_and_without_spills(target, variant):
     if target in NVIDIA:
         assert code.count("LDG.E.128").total() >= loads
         assert code.count("STG.E.128").total() >= stores
-        # At 72 registers 7 programs of 128 threads fit on an SM.
-        assert code.registers <= (128 if options.get("param") == "fp64" else 72)
+        # At 80 registers 6 programs of 128 threads fit on an SM, in float64 4.
+        assert code.registers <= (128 if options.get("param") == "fp64" else 80)
     else:
         wide = ("global_load_dwordx4", "buffer_load_dwordx4", "global_load_dwordx2", "buffer_load_dwordx2")
         assert code.count(*wide).total() >= loads
