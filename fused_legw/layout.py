@@ -132,25 +132,28 @@ class Layout:
 
     def gradients(self, bucket: flat.Bucket, frozen: set[int]) -> list[Tensor | None]:
         """The gradient of each segment that is to move, in its parameter's layout; its state is made and shown."""
+        used = [self._rule.used_states(group) for group in self._groups]
         gradients: list[Tensor | None] = []
         for segment in bucket.segments:
-            p, gradient = segment.param, segment.param.grad
+            gradient = segment.param.grad
             if gradient is not None:
-                for name in self._rule.used_states(self._groups[segment.group]):
-                    if name not in bucket.state:
-                        self.refuse_under_capture(f"{name} does not exist yet")
-                        bucket.add_state(name)
-                    self._show(segment, name)
-                if flat.MASTER in segment.state:
-                    self._show(segment, flat.MASTER)
-                gradient = None if segment.group in frozen else flat.in_layout_of(p, gradient)
+                names = used[segment.group]
+                if len(segment.shown) < len(segment.state) or not segment.shown.issuperset(names):
+                    self._show(bucket, segment, names)
+                gradient = None if segment.group in frozen else flat.in_layout_of(segment.param, gradient)
             gradients.append(gradient)
         return gradients
 
-    def _show(self, segment: flat.Segment, name: str) -> None:
-        if name not in segment.shown:
-            segment.shown.add(name)
-            self._state[segment.param][name] = segment.state[name]
+    def _show(self, bucket: flat.Bucket, segment: flat.Segment, names: tuple[str, ...]) -> None:
+        """Let the optimizer's state hold what an update of this segment needs."""
+        for name in names:
+            if name not in bucket.state:
+                self.refuse_under_capture(f"{name} does not exist yet")
+                bucket.add_state(name)
+        for name in (*names, flat.MASTER):
+            if name in segment.state and name not in segment.shown:
+                segment.shown.add(name)
+                self._state[segment.param][name] = segment.state[name]
 
     def unflatten(self) -> None:
         """Give every parameter that lives in a buffer made here, or in an earlier layout, a storage of its own."""
