@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import os
 from collections.abc import Sequence
@@ -20,6 +21,7 @@ Gradients = Sequence[Tensor | None]  # one per segment of a bucket, in the param
 _LR_KINDS = {torch.float32: TENSOR32, torch.float64: TENSOR64}
 
 
+@functools.cache
 def has_triton() -> bool:
     return importlib.util.find_spec("triton") is not None
 

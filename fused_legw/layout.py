@@ -33,7 +33,8 @@ def check_params(rule: Rule, groups: list[Group], state: State, backend: str | N
         checks.check_parameter(name, p)
         checks.check_lr(groups[group]["lr"], name, p)
         checks.check_state(f"the state of {name}: ", state.get(p, {}), (*rule.states, flat.MASTER), p.shape)
-        explain_backend(p.device, backend)
+    for device in {p.device for _, p, _ in named}:
+        explain_backend(device, backend)
     checks.check_overlaps([(name, p) for name, p, _ in named])
 
 

@@ -9,14 +9,12 @@ from typing import Any
 import torch
 import triton.language as tl
 from torch import Tensor
-from triton.runtime.interpreter import InterpretedFunction
 
 from . import rules, skeleton
 from .scalars import Recipe
 
 SEGMENT_WIDTH: int = skeleton.SEGMENT_WIDTH.value
 GROUP_WIDTH: int = skeleton.GROUP_WIDTH.value
-INTERPRETED = isinstance(skeleton.step_kernel, InterpretedFunction)
 WARPS = 4
 RULES: dict[str, Any] = {"sgd": rules.sgd}
 DTYPES: dict[torch.dtype, Any] = {
