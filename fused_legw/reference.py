@@ -17,6 +17,15 @@ from torch import Tensor
 from .schedule import LEGW
 
 
+LAYOUT = frozenset({"foreach", "fused", "differentiable", "backend", "flatten", "master_weights", "tile"})
+
+
+def _check_layout(layout: dict[str, Any]) -> None:
+    unknown = sorted(layout.keys() - LAYOUT)
+    if unknown:
+        raise TypeError(f"unexpected argument {unknown[0]!r}")
+
+
 class SGD(torch.optim.Optimizer):
     """torch.optim.SGD, for-loop form, with `lr` a number, a 1-element tensor or a LEGW schedule.
 
@@ -36,6 +45,7 @@ class SGD(torch.optim.Optimizer):
         maximize: bool = False,
         **layout: Any,
     ) -> None:
+        _check_layout(layout)
         defaults = dict(
             lr=lr,
             momentum=momentum,

@@ -213,3 +213,10 @@ def test_padding_stays_zero(triton_device):
     (bucket,) = optimizer._layout.buckets
     for flat in (bucket.weights, *bucket.state.values()):
         assert sum((view != 0).sum() for view in [flat]) <= sum(p.numel() for p in params)
+
+
+def test_the_reference_takes_the_fused_ones_arguments_and_no_others():
+    (p,) = make_params(torch.float64, "cpu", [(3,)])
+    reference.SGD([p], lr=0.1, momentum=0.9, backend="aten", tile=32, flatten=False, fused=True, foreach=None)
+    with pytest.raises(TypeError, match="unexpected argument 'momentun'"):
+        reference.SGD([p], lr=0.1, momentun=0.9)
