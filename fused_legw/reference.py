@@ -16,7 +16,6 @@ from torch import Tensor
 
 from .schedule import LEGW
 
-
 LAYOUT = frozenset({"foreach", "fused", "differentiable", "backend", "flatten", "master_weights", "tile"})
 
 

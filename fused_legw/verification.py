@@ -187,8 +187,9 @@ class _Twin:
         for group in optimizer.param_groups:
             lr = group["schedule"] or float(group["lr"])
             groups.append({**group, "lr": lr, "params": [copies[id(p)] for p in group["params"]]})
-        # Whatever the fused optimizer was made with; the twin ignores what is only layout.
+        # Whatever the fused optimizer was made with; the twin ignores what is only layout, and takes schedules as `lr`.
         options = {**optimizer.defaults, **optimizer._options}
+        del options["schedule"]
         self.optimizer = _twin_class(optimizer)(groups, **options)
         self.optimizer.steps_applied = optimizer.steps_applied
 

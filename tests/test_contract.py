@@ -130,7 +130,7 @@ def test_torch_compile_breaks_the_graph(device):
     p = torch.ones(3, device=device, requires_grad=True)
     optimizer = SGD([p], lr=0.5, backend="aten")
     p.grad = torch.ones_like(p)
-    torch.compile(optimizer.step, backend="eager")()
+    torch.compile(optimizer.step, backend="aot_eager")()
     assert p.tolist() == [0.5] * 3
 
 
