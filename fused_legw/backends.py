@@ -74,6 +74,8 @@ class TritonBackend:
         """gradients: one list per bucket. advance: whether this step counts as applied."""
         from legw_kernels import launch
 
+        if self._group_table is None and capturing(self.device):  # pinned memory cannot be made in a capture
+            raise RuntimeError("optimizer.step() must run eagerly once before it is captured into a graph")
         group_table = self._write_groups(groups)
         launches = [
             (i, dtype)
