@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import importlib
 import json
+import math
 import os
 import platform
 import re
@@ -102,26 +103,48 @@ def _schedules(args: argparse.Namespace) -> list[LEGW]:
     ]
 
 
+def _notes(s: LEGW) -> list[str]:
+    """What someone should know before they train by this plan."""
+    notes = []
+    if s.steps_per_epoch < 1:
+        notes.append(f"larger than the data set of {s.dataset_size}: less than one update an epoch")
+    if s.total_steps is not None and s.warmup_steps >= s.total_steps:
+        notes.append(f"{s.epochs:g} epochs end inside the warm-up of {s.warmup_epochs:g}: the peak is not reached")
+    milestones = list(zip(getattr(s.decay, "milestones", ()), s.milestones, strict=True))
+    if early := [epoch for epoch, t in milestones if t <= s.warmup_steps]:
+        notes.append(
+            f"milestones {early} fall inside the warm-up of {s.warmup_epochs:g} epochs: they count from its end"
+        )
+    if s.total_steps is not None and (late := [epoch for epoch, t in milestones if t >= s.total_steps]):
+        notes.append(f"milestones {late} are never reached in {s.epochs:g} epochs")
+    return [f"batch {s.batch_size}: {note}" for note in notes]
+
+
 def run_plan(args: argparse.Namespace) -> int:
     schedules = _schedules(args)
+    notes = [note for schedule in schedules for note in _notes(schedule)]
     if args.plot is not None:
         _plot(schedules, args)
     if args.json:
         names = ("batch_size", "scale", "peak_lr", "warmup_epochs", "warmup_steps", "steps_per_epoch", "total_steps")
         plans = [{name: getattr(s, name) for name in names} | {"schedule": s.to_dict()} for s in schedules]
-        print(json.dumps({"plans": plans}, indent=2))
+        print(json.dumps({"plans": plans, "notes": notes}, indent=2))
         return 0
     rows = []
     for s in schedules:
         total = "-" if s.total_steps is None else f"{s.total_steps:.2f}"
         epochs = f"{s.warmup_epochs:.6g}", f"{s.warmup_steps:.2f}", f"{s.steps_per_epoch:.2f}"
-        rows.append((str(s.batch_size), f"{s.scale:.6g}", f"{s.peak_lr:.6g}", *epochs, total))
-    header = "batch", "k", "peak LR", "warm-up epochs", "warm-up updates", "updates/epoch", "total updates"
+        last = "-" if s.total_steps is None else f"{s(math.ceil(s.total_steps) - 1):.4g}"
+        rows.append((str(s.batch_size), f"{s.scale:.6g}", f"{s.peak_lr:.6g}", *epochs, total, last))
+    header = "batch", "k", "peak LR", "warm-up epochs", "warm-up updates", "updates/epoch", "total updates", "last LR"
     print(_table(header, rows))
+    print(*notes, sep="\n", end="\n" if notes else "")
     return 0
 
 
 def _plot(schedules: Sequence[LEGW], args: argparse.Namespace) -> None:
+    if not os.path.splitext(args.plot)[1] or os.path.isdir(args.plot):
+        raise UsageError(f"--plot must be a file name that ends in .png, .pdf, .svg, ..., got {args.plot!r}")
     try:
         from matplotlib import colormaps
         from matplotlib.figure import Figure
@@ -142,6 +165,7 @@ def _plot(schedules: Sequence[LEGW], args: argparse.Namespace) -> None:
         figure.savefig(args.plot, dpi=150)
     except (OSError, ValueError) as error:
         raise UsageError(f"--plot {args.plot} cannot be written: {error}") from error
+    print(f"plot written to {args.plot}", file=sys.stderr)
 
 
 # verify
@@ -267,6 +291,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         # The reader went away (`| head`); what Python still holds for it must not raise at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
+    except OSError as error:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _Parser().error(str(error))
 
 
 if __name__ == "__main__":

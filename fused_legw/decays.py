@@ -29,8 +29,10 @@ def number(name: str, value: object, *, zero: bool = False) -> float:
 
 def count(name: str, value: object, *, zero: bool = False) -> int:
     """The value as an int, if it is a positive integer (or zero, if `zero`) that fits 63 bits."""
-    if not isinstance(value, Integral) or isinstance(value, bool) or not (0 if zero else 1) <= int(value) < 2**63:
+    if not isinstance(value, Integral) or isinstance(value, bool) or int(value) < (0 if zero else 1):
         fail(name, value, "an integer, zero or more" if zero else "a positive integer")
+    if int(value) >= 2**63:
+        fail(name, value, "an integer below 2**63")
     return int(value)
 
 

@@ -84,7 +84,10 @@ class FusedOptimizer(torch.optim.Optimizer):
         self._show_lr()
 
     def get_last_lr(self) -> list[float]:
-        """Each group's LR in the last applied update, exactly (before any: in the first). Reads the device."""
+        """Each group's LR at the last applied update, exactly (before any: at the first). Reads the device.
+
+        A group whose "lr" someone wrote 0 to did not take part in it.
+        """
         t = max(self.steps_applied - 1, 0)
         return [group["schedule"](t) if group["schedule"] else float(group["lr"]) for group in self.param_groups]
 
@@ -197,6 +200,9 @@ class FusedOptimizer(torch.optim.Optimizer):
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """As in torch.optim, and from torch.optim's own dicts; a group's schedule and `steps_applied` come with it.
+
+        As with every hyper-parameter, what the dict says replaces what the optimizer was made with: to go on at another
+        batch size, set `param_groups[i]["schedule"]` after loading. A dict or group without a schedule leaves it alone.
 
         Raises ValueError, before anything changes, for a dict without `steps_applied` where a group follows LEGW (set
         `optimizer.steps_applied` first), and for state of the wrong shape.

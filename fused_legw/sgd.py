@@ -13,6 +13,15 @@ from .rule import Group, Rule
 from .schedule import LEGW
 
 
+def _check_not_negative(name: str, value: Any) -> None:
+    try:
+        valid = bool(value >= 0.0)
+    except TypeError as error:
+        raise TypeError(f"Invalid {name}: {value!r}") from error
+    if not valid:
+        raise ValueError(f"Invalid {name}: {value}")
+
+
 class SGDRule(Rule):
     """SGD's one state, and what its options mean."""
 
@@ -23,12 +32,10 @@ class SGDRule(Rule):
         lr, momentum, weight_decay = group["lr"], group["momentum"], group["weight_decay"]
         if isinstance(lr, Tensor) and lr.numel() != 1:
             raise ValueError("Tensor lr must be 1-element")
-        if not isinstance(lr, LEGW) and not lr >= 0.0:
-            raise ValueError(f"Invalid learning rate: {lr}")
-        if not momentum >= 0.0:
-            raise ValueError(f"Invalid momentum value: {momentum}")
-        if not weight_decay >= 0.0:
-            raise ValueError(f"Invalid weight_decay value: {weight_decay}")
+        if not isinstance(lr, LEGW):
+            _check_not_negative("learning rate", lr)
+        _check_not_negative("momentum value", momentum)
+        _check_not_negative("weight_decay value", weight_decay)
         if group["fused"] and group["foreach"]:
             raise RuntimeError("`fused` and `foreach` cannot be `True` together.")
         if group["nesterov"] and (momentum <= 0 or group["dampening"] != 0):
@@ -76,11 +83,16 @@ class SGD(FusedOptimizer):
         lr: a number, a 1-element tensor (driven by torch's LR schedulers as usual), or a `LEGW` schedule, whose LR the
             step works out itself from the number of updates applied so far.
         momentum, dampening, weight_decay, nesterov, maximize: as in torch.optim.SGD.
-        foreach, fused: accepted and ignored. differentiable: must be False.
+        foreach, fused: accepted and ignored, but not both. differentiable: must be False.
         backend: "triton", "aten", or None for Triton on GPUs and ATen elsewhere.
         flatten: let parameters live in one flat buffer per (device, dtype) (True), or where they are.
         master_weights: keep float32 masters of float16 and bfloat16 parameters; state is float32 either way.
         tile: elements a Triton program updates at a time, a power of two; state is padded to it, per tensor.
+
+    In a group that follows a schedule, `param_groups[i]["schedule"]` holds it and can be replaced; ["lr"] and
+    ["steps_applied"] show the LR of the last step and the updates that the host knows of. Writing to that "lr" is an
+    error at the next step, but for 0: then state is made for the group's tensors, which do not move, and if all
+    scheduled groups are so written the step does not count (torch.distributed.checkpoint does that, and writes back).
 
     Raises:
         ValueError, TypeError: naming the argument or parameter and its value, before anything has changed.

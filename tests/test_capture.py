@@ -149,11 +149,15 @@ def test_a_refused_capture_leaves_nothing_behind(triton_device, monkeypatch):
     """A ticket made inside a capture would not be zero outside of it."""
     params, sgd = _setup(triton_device)
     _gradients(params, 1.0)
-    with pytest.raises(RuntimeError, match="eager"), _capturing(monkeypatch):
-        sgd.step()
-    assert not sgd._layout.devices[0]._segment_tables
     sgd.step()
-    assert sgd.steps_applied == 1
+    params[0].grad = None
+    params[0].grad_dtype = None
+    params[0].grad = torch.ones_like(params[0], dtype=torch.bfloat16)
+    with pytest.raises(RuntimeError, match=r"torch\.bfloat16 gradients are new: .*eagerly"), _capturing(monkeypatch):
+        sgd.step()
+    assert len(sgd._layout.devices[0]._segment_tables) == 1
+    sgd.step()
+    assert sgd.steps_applied == 2
 
 
 def test_the_aten_backend_is_not_captured(device, monkeypatch):

@@ -38,13 +38,32 @@ def test_plan_prints_the_table_of_the_paper(capsys):
     batches = [512 * 2**i for i in range(7)]
     assert main(["plan", *RECIPE[:-1], *map(str, batches)]) == 0
     header, *rows = capsys.readouterr().out.splitlines()
-    assert header.split("  ")[-1] == "total updates"
+    assert "total updates" in header and header.endswith("last LR")
     cells = [row.split() for row in rows]
     assert [int(row[0]) for row in cells] == batches
     assert [float(row[2]) for row in cells] == pytest.approx([2 ** (2 + i / 2) for i in range(7)], rel=1e-5)
     assert [float(row[3]) for row in cells] == [0.15625 * 2**i for i in range(7)]
     assert {row[4] for row in cells} == {"390.98"}
     assert [cells[0][5], cells[0][6]] == ["2502.28", "225205.14"]
+
+
+def test_plan_says_what_does_not_fit(capsys):
+    assert main(["plan", *RECIPE[:-1], "32768", "--decay", "multistep", "--milestones", "5", "30", "95"]) == 0
+    assert capsys.readouterr().out.splitlines()[2:] == [
+        "batch 32768: milestones [5.0] fall inside the warm-up of 10 epochs: they count from its end",
+        "batch 32768: milestones [95.0] are never reached in 90 epochs",
+    ]
+    assert main(["plan", *RECIPE[:-1], "2000000", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["notes"] == [
+        "batch 2000000: larger than the data set of 1281167: less than one update an epoch",
+        "batch 2000000: 90 epochs end inside the warm-up of 610.352: the peak is not reached",
+    ]
+
+
+@pytest.mark.parametrize("name", ["", "plot", "."])
+def test_a_plot_needs_a_name_that_says_its_format(capsys, name):
+    message = refused(capsys, "plan", *RECIPE[:-1], "512", "--plot", name)
+    assert message == f"--plot must be a file name that ends in .png, .pdf, .svg, ..., got {name!r}"
 
 
 def test_plan_as_json(capsys):
