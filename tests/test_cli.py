@@ -135,6 +135,8 @@ def test_plan_draws_all_batches(capsys, tmp_path):
     ],
 )
 def test_plan_names_what_makes_no_sense(capsys, options, message):
+    if "--plot" in options:
+        pytest.importorskip("matplotlib")
     assert refused(capsys, "plan", *RECIPE, *options.split()).startswith(message)
 
 
