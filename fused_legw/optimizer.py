@@ -201,8 +201,8 @@ class FusedOptimizer(torch.optim.Optimizer):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """As in torch.optim, and from torch.optim's own dicts; a group's schedule and `steps_applied` come with it.
 
-        As with every hyper-parameter, what the dict says replaces what the optimizer was made with; to go on with another
-        schedule, set `param_groups[i]["schedule"]` after loading. A dict without a schedule leaves the optimizer's alone.
+        As with every hyper-parameter, what the dict says replaces what the optimizer was made with; to go on with
+        another schedule, set `param_groups[i]["schedule"]` after loading. A dict without one leaves the optimizer's.
 
         Raises ValueError, before anything changes, for a dict without `steps_applied` where a group follows LEGW (set
         `optimizer.steps_applied` first), and for state of the wrong shape.
