@@ -6,7 +6,6 @@ import functools
 import importlib.util
 import os
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -175,9 +174,8 @@ class AtenBackend:
             self.counts += 1
 
     def _update(
-        self, bucket: Bucket, chosen: list[int], gradients: list[Tensor], lr: float,
-        group: dict[str, Any], first: bool,
-    ) -> None:  # fmt: skip
+        self, bucket: Bucket, chosen: list[int], gradients: list[Tensor], lr: float, group: Group, first: bool
+    ) -> None:
         params = [bucket.segments[i].param for i in chosen]
         used = self._rule.used_states(group)
         states = [[bucket.segments[i].state[name] for i in chosen] for name in used]

@@ -1,7 +1,7 @@
 """Flat buffers: the parameters of one (device, dtype) and their state, each tensor a segment that starts on a tile.
 
-A segment's parameter lives in the bucket's weight buffer, or stays where it is: with flatten=False, and where it is
-part of a larger storage (cuDNN's RNN weights, a user's own buffer), whose other owner would be left with a stale copy.
+A segment's parameter lives in the bucket's weight buffer, or stays where it is: with flatten=False, and where something
+else holds its storage too (cuDNN's RNN weights, a user's tensor), which would be left with a stale copy.
 State and masters always live in flat buffers of ours. Kernels reach parameters and gradients by address, so both kinds
 are updated by the same launch.
 """

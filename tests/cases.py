@@ -65,3 +65,13 @@ def run(optimizer: SGD, steps: range, *lists: list[Tensor]) -> None:
 
 def same(a: list[Tensor], b: list[Tensor]) -> None:
     torch.testing.assert_close(a, b, rtol=0, atol=0)
+
+
+def goes_on_like_one_resumed(optimizer: SGD, params: list[Tensor], steps: range, backend: str) -> None:
+    """A new optimizer, loaded with this one's state dict, makes the same bits of the parameters as they are now."""
+    values = twins(params)
+    twin = make(values, backend)
+    twin.load_state_dict(optimizer.state_dict())
+    run(optimizer, steps, params)
+    run(twin, steps, values)
+    same(params, values)

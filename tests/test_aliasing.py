@@ -8,7 +8,7 @@ import pickle
 
 import pytest
 import torch
-from cases import give_gradients, legw, make, make_params, run, same, twins
+from cases import give_gradients, goes_on_like_one_resumed, legw, make, make_params, run, same, twins
 from torch import nn
 
 from fused_legw import SGD, Cosine
@@ -206,9 +206,4 @@ def test_a_failed_group_changes_nothing(backend, params):
     with pytest.raises(ValueError, match="share memory"):
         optimizer.add_param_group(dict(params=[params[2].detach()[10:20].requires_grad_()]))
     assert len(optimizer.param_groups) == 1 and [p.data_ptr() for p in params] == place
-    values = twins(params)
-    twin = make(values, backend)
-    twin.load_state_dict(optimizer.state_dict())
-    run(optimizer, range(2, 3), params)
-    run(twin, range(2, 3), values)
-    same(params, values)
+    goes_on_like_one_resumed(optimizer, params, range(2, 3), backend)

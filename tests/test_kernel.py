@@ -200,5 +200,5 @@ def test_recipe_columns_match_the_skeleton():
 
     assert len(scalars.Recipe()) == skeleton.LR_ADDRESS.value
     row = launch.group_row(scalars.Recipe(), None, (0, 0), True, (0, 0, 0, 0, 1))
-    assert len(row) == launch.GROUP_WIDTH
-    assert len(launch.segment_row(torch.zeros(1), None, 0, 0)) == launch.SEGMENT_WIDTH
+    assert len(row) == skeleton.GROUP_WIDTH.value
+    assert len(launch.segment_row(torch.zeros(1), None, 0, 0)) == skeleton.SEGMENT_WIDTH.value

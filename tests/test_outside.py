@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from cases import make, make_params, run, same, twins
+from cases import goes_on_like_one_resumed, make, make_params, run, same, twins
 from torch import Tensor, nn
 
 from fused_legw import SGD
@@ -16,12 +16,7 @@ def test_weights_changed_in_place_from_outside(backend, params):
     run(optimizer, range(2), params)
     for p in params:
         p.data.add_(1.0)  # unseen by version counters
-    values = twins(params)
-    twin = make(values, backend)
-    twin.load_state_dict(optimizer.state_dict())
-    run(optimizer, range(2, 4), params)
-    run(twin, range(2, 4), values)
-    same(params, values)
+    goes_on_like_one_resumed(optimizer, params, range(2, 4), backend)
     for p, q in zip(params, make_params(params[0].dtype, params[0].device), strict=True):
         assert p.numel() == 0 or (p - q).abs().mean() > 0.5, "the change was not undone"
 
@@ -43,12 +38,7 @@ def test_state_replaced_or_cleared_by_the_user(backend, params):
     replacement = torch.ones_like(params[2], dtype=torch.float32)
     optimizer.state[params[2]]["momentum_buffer"] = replacement
     del optimizer.state[params[0]]
-    values = twins(params)
-    twin = make(values, backend)
-    twin.load_state_dict(optimizer.state_dict())
-    run(optimizer, range(2, 4), params)
-    run(twin, range(2, 4), values)
-    same(params, values)
+    goes_on_like_one_resumed(optimizer, params, range(2, 4), backend)
     assert torch.equal(replacement, torch.ones_like(replacement)), "the user's tensor is copied, not written"
 
 

@@ -13,8 +13,6 @@ from torch import Tensor
 from . import rules, skeleton
 from .scalars import Recipe
 
-SEGMENT_WIDTH: int = skeleton.SEGMENT_WIDTH.value
-GROUP_WIDTH: int = skeleton.GROUP_WIDTH.value
 WARPS = 4
 RULES: dict[str, Any] = {"sgd": rules.sgd}
 DTYPES: dict[torch.dtype, Any] = {
