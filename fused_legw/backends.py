@@ -4,17 +4,24 @@ from __future__ import annotations
 
 import functools
 import importlib.util
+import math
 import os
 from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
+from legw_kernels import scalars
 from legw_kernels.scalars import FIXED, TENSOR32, TENSOR64, Recipe
 
+from .control import Control
 from .flat import MASTER, Bucket, compute_dtype
-from .rule import Group, Rule
+from .rule import Group, Rule, Tensors, norm
 from .table import Table, capturing
+
+if TYPE_CHECKING:
+    from legw_kernels.launch import Work
 
 Gradients = Sequence[Tensor | None]  # one per segment of a bucket, in the parameter's layout
 _LR_KINDS = {torch.float32: TENSOR32, torch.float64: TENSOR64}
@@ -52,14 +59,14 @@ def explain_backend(device: torch.device, wanted: str | None = None) -> tuple[st
 
 
 class TritonBackend:
-    """One launch per (parameter dtype, gradient dtype) and step; the LR and all counts stay on the device."""
+    """A launch per (parameter dtype, gradient dtype), or a few with norms; LR, norms and all counts stay on the device."""
 
     name = "triton"
 
     def __init__(self, rule: Rule, buckets: Sequence[Bucket], groups: Sequence[Group], steps_applied: int) -> None:
         self.device = device = buckets[0].device
         self._rule, self.buckets = rule, buckets
-        self.counts = torch.tensor([steps_applied], dtype=torch.int64, device=device)
+        self.counts = torch.tensor([steps_applied, 0], dtype=torch.int64, device=device)
         self._milestones, milestones = [], list[int]()
         for group in groups:
             passed = group["schedule"].milestones if group["schedule"] else ()
@@ -68,49 +75,109 @@ class TritonBackend:
         self._milestone_table = torch.tensor(milestones or [0], dtype=torch.int64, device=device)
         self._group_table: Table | None = None
         self._segment_tables: dict[tuple[int, torch.dtype], tuple[Table, Tensor]] = {}
+        self._partials: list[Tensor | None] = [None] * len(buckets)
+        self.norms: Tensor | None = None  # rows of the skeleton; a column per tensor of this device, then others' norms
+        self.nonfinite = torch.zeros(1, dtype=torch.float32, device=device)
+        self._works: list[Work] = []
 
-    def step(self, groups: Sequence[Group], gradients: Sequence[Gradients], *, advance: bool) -> None:
-        """gradients: one list per bucket. advance: whether this step counts as applied."""
+    def begin(self, groups: Sequence[Group], gradients: Sequence[Gradients], control: Control, others: int) -> None:
+        """Write the tables of one step. gradients: one list per bucket. others: how many other devices take part."""
         from legw_kernels import launch
 
         if self._group_table is None and capturing(self.device):  # pinned memory cannot be made in a capture
             raise RuntimeError("optimizer.step() must run eagerly once before it is captured into a graph")
-        group_table = self._write_groups(groups)
-        launches = [
+        if control.global_norm or self._rule.adapts:
+            self._make_norms(others)
+        group_table = self.write_groups(groups)
+        pairs = [
             (i, dtype)
             for i, some in enumerate(gradients)
             for dtype in sorted({g.dtype for g in some if g is not None}, key=str)
         ]
+        own = [0]
+        for bucket in self.buckets:
+            own.append(own[-1] + len(bucket.segments))
+        self._works = []
         # A device without any gradient still advances its count, beside the others.
-        launches = launches or [(0, self.buckets[0].dtype)]
-        for i, dtype in launches:
+        for i, dtype in pairs or [(0, self.buckets[0].dtype)]:
             bucket = self.buckets[i]
-            rows = list[int]()
-            for segment, g in zip(bucket.segments, gradients[i], strict=True):
-                g = g if g is not None and g.dtype == dtype else None
-                rows += launch.segment_row(segment.param, g, segment.first_tile, segment.group)
-            table, ticket = self._segment_table(i, dtype, len(rows))
-            launch.step(
-                self._rule.name,
-                segments=table.write(rows),
+            table, ticket = self._segment_table(i, dtype, len(bucket.segments) * launch.SEGMENT_WIDTH)
+            states = [bucket.state.get(name) for name in self._rule.states] + [None, None]
+            work = launch.Work(
+                rule=self._rule.name,
+                param_dtype=bucket.dtype,
+                grad_dtype=dtype,
+                tile=bucket.tile,
+                segments=table.write(self._rows(bucket, gradients[i], dtype, groups)),
                 tiles=bucket.tiles,
                 groups=group_table,
                 milestones=self._milestone_table,
                 counts=self.counts,
                 steps=bucket.steps,
+                shown=bucket.shown_steps,
                 ticket=ticket,
-                state=bucket.state.get(self._rule.states[0]),
+                states=(states[0], states[1], states[2]),
                 master=bucket.state.get(MASTER),
-                param_dtype=bucket.dtype,
-                grad_dtype=dtype,
-                advance=advance and (i, dtype) == launches[-1],
-                tile=bucket.tile,
+                partials=self._partials[i],
+                norms=self.norms,
+                own=own[i],
+                grad_scale=control.on(self.device, control.grad_scale),
+                found_inf=control.on(self.device, control.found_inf),
+                nonfinite=self.nonfinite,
             )
+            self._works.append(work)
+
+    def _rows(self, bucket: Bucket, gradients: Gradients, dtype: torch.dtype, groups: Sequence[Group]) -> list[int]:
+        from legw_kernels import launch
+
+        rows = list[int]()
+        for segment, g in zip(bucket.segments, gradients, strict=True):
+            address = 0 if g is None else g.data_ptr() if g.dtype == dtype else -1
+            exempt = self._rule.exempt(groups[segment.group], segment.param)
+            rows += launch.segment_row(segment.param, address, segment.first_tile, segment.group, exempt)
+        return rows
+
+    def measure(self, control: Control, *, updates: bool, gradients: bool, clips: bool) -> None:
+        """Norms by tensor; see `launch.measure`."""
+        from legw_kernels import launch
+
+        for work in self._works:
+            launch.measure(work, updates=updates, gradients=gradients, clips=clips, skips=clips and control.skips)
+
+    def update(self, groups: Sequence[Group], control: Control, *, advance: bool) -> None:
+        """The update. advance: whether this step counts as applied."""
+        from legw_kernels import launch
+
+        for work in self._works:
+            last = advance and work is self._works[-1]
+            launch.update(work, clips=control.clips, skips=control.skips, last=last)
+        self._works = []
+
+    def global_norm(self) -> Tensor:
+        """Of this device's gradients, float64, on the device."""
+        assert self.norms is not None
+        return torch.linalg.vector_norm(self.norms[0, : sum(len(bucket.segments) for bucket in self.buckets)])
+
+    def take_norms(self, others: Sequence[Tensor]) -> None:
+        """The global norms of the other devices."""
+        assert self.norms is not None
+        for i, other in enumerate(others, self.norms.shape[1] - len(others)):
+            self.norms[0, i].copy_(other, non_blocking=True)
 
     @property
     def captured(self) -> bool:
         """Whether a graph may still replay one of this object's steps."""
         return any(table.captured for table, _ in self._segment_tables.values())
+
+    def _make_norms(self, others: int) -> None:
+        if self.norms is not None:
+            return
+        if capturing(self.device):
+            raise RuntimeError("norms are new to this optimizer: run optimizer.step() eagerly once before capturing it")
+        columns = sum(len(bucket.segments) for bucket in self.buckets) + others
+        self.norms = torch.zeros(4, columns, dtype=torch.float64, device=self.device)
+        for i, bucket in enumerate(self.buckets):
+            self._partials[i] = torch.zeros(3, max(1, bucket.tiles.numel()), dtype=torch.float64, device=self.device)
 
     def _segment_table(self, bucket: int, dtype: torch.dtype, numel: int) -> tuple[Table, Tensor]:
         key = bucket, dtype
@@ -122,29 +189,40 @@ class TritonBackend:
             self._segment_tables[key] = table, torch.zeros(1, dtype=torch.int32, device=device)
         return self._segment_tables[key]
 
-    def _write_groups(self, groups: Sequence[Group]) -> Tensor:
+    def write_groups(self, groups: Sequence[Group]) -> Tensor:
+        """The group table with the param groups' values as they are now."""
         from legw_kernels import launch
 
-        rows = list[float]()
+        rows, on_device = list[float](), list[tuple[int, Tensor]]()
         for group, milestones in zip(groups, self._milestones, strict=True):
             lr, schedule = group["lr"], group["schedule"]
             tensor = lr if isinstance(lr, Tensor) and schedule is None and lr.device == self.counts.device else None
             if schedule is not None:
                 recipe = schedule.recipe
+                if (scale := group.get("lr_scale", 1.0)) != 1:
+                    recipe = recipe._replace(peak_lr=scale * recipe.peak_lr, slope=scale * recipe.slope)
             elif tensor is not None and tensor.dtype in _LR_KINDS:
                 recipe = Recipe(_LR_KINDS[tensor.dtype])
             else:
                 recipe = Recipe(FIXED, float(lr))
-            rows += launch.group_row(
-                recipe, tensor, milestones, bool(self._rule.used_states(group)), self._rule.hyper(group)
-            )
+            used, hyper = self._rule.used_states(group), list[float]()
+            for x in self._rule.hyper(group):
+                if isinstance(x, Tensor):
+                    on_device.append((len(rows) + launch.HYPER + len(hyper), x))
+                    x = 0.0
+                hyper.append(x)
+            states = sum(1 << self._rule.states.index(name) for name in used)
+            rows += launch.group_row(recipe, tensor, milestones, states, self._rule.clip(group), hyper)
         if self._group_table is None:
             self._group_table = Table(len(rows), torch.float64, self.counts.device, shared=True)
-        return self._group_table.write(rows)
+        table = self._group_table.write(rows)
+        for i, x in on_device:
+            table[i].copy_(x.reshape(()))
+        return table
 
 
 class AtenBackend:
-    """ATen's fused kernels over lists of the same tensors; counts and LR on the host."""
+    """ATen's fused kernels over lists of the same tensors; counts, norms and LR on the host."""
 
     name = "aten"
     captured = False
@@ -152,43 +230,92 @@ class AtenBackend:
     def __init__(self, rule: Rule, buckets: Sequence[Bucket], groups: Sequence[Group], steps_applied: int) -> None:
         self.device = buckets[0].device
         self._rule, self.buckets = rule, buckets
-        self.counts = torch.tensor([steps_applied], dtype=torch.int64, device="cpu")
+        self.counts = torch.tensor([steps_applied, 0], dtype=torch.int64, device="cpu")
+        self.norms: Tensor | None = None
+        self.nonfinite = torch.zeros(1, device="cpu")
+        self._norm = 0.0
 
-    def step(self, groups: Sequence[Group], gradients: Sequence[Gradients], *, advance: bool) -> None:
-        """gradients: one list per bucket. advance: whether this step counts as applied."""
+    def begin(self, groups: Sequence[Group], gradients: Sequence[Gradients], control: Control, others: int) -> None:
+        """Take the gradients of one step: one list per bucket. others: how many other devices take part."""
         if capturing(self.device):
             raise RuntimeError(
                 "backend='aten' cannot be captured: its LR and counts are on the host; use backend='triton'"
             )
-        t = int(self.counts)
-        for bucket, some in zip(self.buckets, gradients, strict=True):
-            alike: dict[tuple[int, bool], list[int]] = {}  # (group, whether it is the first update) -> segments
-            for i, (segment, g, count) in enumerate(zip(bucket.segments, some, bucket.steps.tolist(), strict=True)):
+        self._gradients = gradients
+        if self.norms is None and (control.global_norm or self._rule.adapts):
+            self.norms = torch.zeros(4, sum(len(b.segments) for b in self.buckets), dtype=torch.float64, device="cpu")
+
+    def write_groups(self, groups: Sequence[Group]) -> None:
+        """Nothing: every step reads the groups."""
+
+    def measure(self, control: Control, *, updates: bool, gradients: bool, clips: bool) -> None:
+        """Norms of the gradients; those of weights and updates are taken as the tensors are updated."""
+        if gradients:
+            assert self.norms is not None
+            scale = control.inverse_scale
+            norms = [0.0 if g is None else norm(g) * scale for some in self._gradients for g in some]
+            self.norms[0] = torch.tensor(norms, dtype=torch.float64, device="cpu")
+            self._norm = norm(self.norms[0])
+
+    def global_norm(self) -> Tensor:
+        return torch.tensor(self._norm, dtype=torch.float64, device="cpu")
+
+    def take_norms(self, others: Sequence[Tensor]) -> None:
+        self._norm = math.hypot(self._norm, *map(float, others))
+
+    def update(self, groups: Sequence[Group], control: Control, *, advance: bool) -> None:
+        """The update. advance: whether this step counts as applied."""
+        apply = control.found_inf is None or float(control.found_inf) == 0
+        if control.global_norm:
+            self.nonfinite.fill_(float(not math.isfinite(self._norm)))
+            apply = apply and not (control.skips and self.nonfinite)
+        if apply:
+            self._update_all(groups, control)
+        self.counts[0 if apply else 1] += advance
+
+    def _update_all(self, groups: Sequence[Group], control: Control) -> None:
+        t, own = int(self.counts[0]), 0
+        factors = [control.inverse_scale] * len(groups)
+        if control.clips:
+            factors = [f * scalars.clip_factor(self._norm, *self._rule.clip(g)) for f, g in zip(factors, groups, strict=True)]
+        for bucket, some in zip(self.buckets, self._gradients, strict=True):
+            alike: dict[tuple[int, int], list[int]] = {}  # (group, earlier updates) -> segments
+            for i, (segment, g, count) in enumerate(zip(bucket.segments, some, bucket.exact_steps(), strict=True)):
                 if g is not None:
-                    alike.setdefault((segment.group, count == 0), []).append(i)
-            for (index, first), chosen in alike.items():
+                    alike.setdefault((segment.group, count), []).append(i)
+            for (index, count), chosen in alike.items():
                 group = groups[index]
-                lr = group["schedule"](t) if group["schedule"] else float(group["lr"])
-                self._update(bucket, chosen, [some[i] for i in chosen], lr, group, first)  # type: ignore[misc]
-        if advance:
-            self.counts += 1
+                lr = group_lr(group, t)
+                self._update(bucket, own, chosen, [some[i] for i in chosen], lr, group, count, factors[index])
+            own += len(bucket.segments)
 
     def _update(
-        self, bucket: Bucket, chosen: list[int], gradients: list[Tensor], lr: float, group: Group, first: bool
-    ) -> None:
+        self, bucket: Bucket, own: int, chosen: list[int], gradients: list[Any], lr: float, group: Group, count: int,
+        scale: float,
+    ) -> None:  # fmt: skip
         params = [bucket.segments[i].param for i in chosen]
         used = self._rule.used_states(group)
-        states = [[bucket.segments[i].state[name] for i in chosen] for name in used]
+        states = [[bucket.segments[i].state[name] for i in chosen] if name in used else [] for name in self._rule.states]
         compute = compute_dtype(bucket.dtype)
         weights: list[Tensor] = params
         if bucket.dtype != compute:
             weights = [self._synced_master(bucket, i) for i in chosen]
         gradients = [g if g.dtype == compute else g.to(compute) for g in gradients]
-        self._rule.aten(weights, gradients, states, lr, group, first)
+        tensors = Tensors(weights, gradients, states, [self._rule.exempt(group, p) for p in params])
+        columns = [own + i for i in chosen]
+        if self.norms is not None:
+            tensors.g_norms = self.norms[0, columns].tolist()
+        self._rule.aten(tensors, lr, count, scale, group)
+        if self.norms is not None and tensors.ratios:
+            self.norms[1, columns] = torch.tensor(tensors.w_norms, dtype=torch.float64)
+            self.norms[3, columns] = torch.tensor(tensors.ratios, dtype=torch.float64)
         if bucket.dtype != compute:
             torch._foreach_copy_(params, weights)
         if used:
-            bucket.steps[chosen if len(chosen) < len(bucket.segments) else slice(None)] += 1
+            rows = chosen if len(chosen) < len(bucket.segments) else slice(None)
+            bucket.steps[rows] = count + 1
+            if bucket.shown_steps is not None:
+                bucket.shown_steps[rows] = count + 1
 
     @staticmethod
     def _synced_master(bucket: Bucket, i: int) -> Tensor:
@@ -197,6 +324,13 @@ class AtenBackend:
         if master is None:
             return p.float()
         return torch.where(master.to(p.dtype) == p, master, p, out=master)
+
+
+def group_lr(group: Group, t: int) -> float:
+    """A group's LR at update t."""
+    if group["schedule"] is None:
+        return float(group["lr"])
+    return float(group["schedule"](t) * group.get("lr_scale", 1.0))
 
 
 BACKENDS = {backend.name: backend for backend in (TritonBackend, AtenBackend)}

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from .checks import check_state
 from .decays import count
-from .flat import MASTER
+from .flat import MASTER, STEP
 from .layout import check_params
 from .schedule import LEGW
 
@@ -32,8 +32,11 @@ class _Kept:
 
 
 def own_storages(values: dict[str, Any]) -> dict[str, Any]:
-    """One parameter's state, its tensors copied out of the flat buffers."""
-    return {name: value.detach().clone() if isinstance(value, Tensor) else value for name, value in values.items()}
+    """One parameter's state, its tensors copied out of the flat buffers; "step" on the CPU, where torch keeps it."""
+    own = {name: value.detach().clone() if isinstance(value, Tensor) else value for name, value in values.items()}
+    if isinstance(own.get(STEP), Tensor):
+        own[STEP] = own[STEP].cpu()
+    return own
 
 
 def pack(optimizer: FusedOptimizer, state_dict: StateDict) -> StateDict:

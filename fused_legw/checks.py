@@ -45,6 +45,16 @@ def check_overlaps(named: Sequence[tuple[str, Tensor]]) -> None:
             raise ValueError(f"{name} and {other} share memory: pass one of them, or clone one")
 
 
+def check_not_negative(name: str, value: Any) -> None:
+    """torch.optim's message for a hyper-parameter below zero."""
+    try:
+        valid = bool(value >= 0.0)
+    except TypeError as error:
+        raise TypeError(f"Invalid {name}: {value!r}") from error
+    if not valid:
+        raise ValueError(f"Invalid {name}: {value}")
+
+
 def check_lr(lr: object, name: str, p: Tensor) -> None:
     """A tensor LR on a GPU is read there, by the kernel; one on the CPU is a number."""
     if isinstance(lr, Tensor) and lr.device.type != "cpu":

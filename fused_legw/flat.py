@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 MASTER = "master_param"
+STEP = "step"
 
 
 @dataclass
@@ -61,7 +62,8 @@ class Bucket:
     """The parameters of one (device, dtype).
 
     segments: one per parameter, in param-group order. tiles: int32, the segment each tile belongs to. steps: int64,
-    each segment's counted updates; both on tables_device. weights: the flat buffer of the parameters that may move, or
+    each segment's counted updates; both on tables_device, as is shown_steps, float32, the same for optimizer.state where
+    it has a "step". weights: the flat buffer of the parameters that may move, or
     None. state: flat buffers by name, in the compute dtype; float32 masters of low-precision parameters are the one
     named "master_param".
     """
@@ -76,6 +78,7 @@ class Bucket:
             owner += [i] * self._tiles_of(p)
         self.tiles = torch.tensor(owner, dtype=torch.int32, device="cpu").to(tables_device)
         self.steps = torch.zeros(len(params), dtype=torch.int64, device=tables_device)
+        self.shown_steps: Tensor | None = None
         self.weights: Tensor | None = None
         self.state: dict[str, Tensor] = {}
 
@@ -93,6 +96,24 @@ class Bucket:
             segment.state[name] = self.state[name].as_strided(p.shape, p.stride(), segment.first_tile * self.tile)
             if name == MASTER:
                 segment.state[name].copy_(p)
+
+    def show_steps(self) -> None:
+        """A view for each segment of its counted updates, in torch's form: a float32 that stops at 2^24."""
+        self.shown_steps = torch.zeros(len(self.segments), dtype=torch.float32, device=self.steps.device)
+        for segment, view in zip(self.segments, self.shown_steps.unbind(), strict=True):
+            segment.state[STEP] = view
+
+    def set_steps(self, steps: Sequence[int]) -> None:
+        self.steps.copy_(torch.tensor(steps, dtype=torch.int64, device="cpu"))
+        if self.shown_steps is not None:
+            self.shown_steps.copy_(self.steps)
+
+    def exact_steps(self) -> list[int]:
+        """Each segment's counted updates; where the user wrote another number to its "step", that. Reads the device."""
+        if self.shown_steps is None:
+            return self.steps.tolist()
+        same = self.steps.float() == self.shown_steps
+        return torch.where(same, self.steps, self.shown_steps.long()).tolist()
 
     def adopt(self, *, flatten: bool) -> None:
         """Point the parameters that may move into one buffer (if flatten), and note where each one is.

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from . import checks, flat
 from .backends import BACKENDS, AtenBackend, TritonBackend, explain_backend
+from .control import Control
 from .rule import Group, Rule
 from .table import capturing
 
@@ -78,11 +79,15 @@ class Layout:
             bucket.adopt(flatten=flatten)
             if master_weights and flat.compute_dtype(dtype) != dtype:
                 bucket.add_state(flat.MASTER)
+            if rule.counts:
+                bucket.show_steps()
             self._take_state(bucket, counts)
             self.buckets.append(bucket)
+        skipped = {device.device: int(device.counts[1]) for device in previous.devices} if previous else {}
         for device, name in chosen.items():
             own = [bucket for bucket in self.buckets if bucket.device == device]
             self.devices.append(BACKENDS[name](rule, own, groups, steps_applied))
+            self.devices[-1].counts[1] = skipped.get(device, 0)
         made = [bucket.weights for bucket in self.buckets if bucket.weights is not None]
         in_use = {p.untyped_storage().data_ptr() for _, p, _ in named_params(groups)}
         made += previous._weights if previous else []
@@ -99,24 +104,30 @@ class Layout:
             for name in self._rule.states:
                 if state.get(name) is not None or name in self._rule.used_states(self._groups[segment.group]):
                     bucket.add_state(name)
+        steps = []
         for segment in bucket.segments:
             state = self._state.get(segment.param, {})
+            steps.append(counts.get(segment.param, self._count_of(state)))
             for name, view in segment.state.items():
                 if state.get(name) is not None:
-                    state[name] = view.copy_(state[name])
+                    state[name] = view.copy_(torch.as_tensor(state[name]))
                     segment.shown.add(name)
             if flat.MASTER not in segment.state:
                 state.pop(flat.MASTER, None)
-        # All that SGD needs to know of a state from outside is whether there was any update.
-        steps = [counts.get(s.param, int(not s.shown.isdisjoint(self._rule.states))) for s in bucket.segments]
-        bucket.steps.copy_(torch.tensor(steps, dtype=torch.int64, device="cpu"))
+        bucket.set_steps(steps)
+
+    def _count_of(self, state: dict[str, Any]) -> int:
+        """The counted updates of a state from outside; of SGD's all there is to know is whether there were any."""
+        if self._rule.counts:
+            return int(state.get(flat.STEP, 0))
+        return int(any(state.get(name) is not None for name in self._rule.states))
 
     def counts(self, state: State) -> dict[Tensor, int]:
         """Counted updates by parameter, of those whose `state` is still our views. Reads the device."""
         return {
             segment.param: count
             for bucket in self.buckets
-            for segment, count in zip(bucket.segments, bucket.steps.tolist(), strict=True)
+            for segment, count in zip(bucket.segments, bucket.exact_steps(), strict=True)
             if not _state_changed(segment, state)
         }
 
@@ -133,7 +144,8 @@ class Layout:
 
     def gradients(self, bucket: flat.Bucket, frozen: set[int]) -> list[Tensor | None]:
         """The gradient of each segment that is to move, in its parameter's layout; its state is made and shown."""
-        used = [self._rule.used_states(group) for group in self._groups]
+        step = (flat.STEP,) if self._rule.counts else ()
+        used = [(*self._rule.used_states(group), *step) for group in self._groups]
         gradients: list[Tensor | None] = []
         for segment in bucket.segments:
             gradient = segment.param.grad
@@ -148,13 +160,56 @@ class Layout:
     def _show(self, bucket: flat.Bucket, segment: flat.Segment, names: tuple[str, ...]) -> None:
         """Let the optimizer's state hold what an update of this segment needs."""
         for name in names:
-            if name not in bucket.state:
+            if name not in segment.state:
                 self.refuse_under_capture(f"{name} does not exist yet")
                 bucket.add_state(name)
         for name in (*names, flat.MASTER):
             if name in segment.state and name not in segment.shown:
                 segment.shown.add(name)
                 self._state[segment.param][name] = segment.state[name]
+
+    def step(
+        self,
+        groups: list[Group],
+        gradients: list[list[list[Tensor | None]]],
+        control: Control,
+        *,
+        advance: bool,
+    ) -> None:
+        """One step on every device. gradients: by device, bucket and segment. advance: whether it counts as applied."""
+        for device, own in zip(self.devices, gradients, strict=True):
+            device.begin(groups, own, control, len(self.devices) - 1)
+        clipped_first = control.clips and any(map(self._rule.measures_clipped, groups))
+        apart = clipped_first or (control.global_norm and self._rule.two_stage)
+        if apart or (control.global_norm and not self._rule.adapts):
+            self._measure(control, updates=False, gradients=True, clips=False)
+        if self._rule.adapts:
+            self._measure(control, updates=True, gradients=not apart, clips=apart)
+        for device in self.devices:
+            device.update(groups, control, advance=advance)
+
+    def _measure(self, control: Control, *, updates: bool, gradients: bool, clips: bool) -> None:
+        for device in self.devices:
+            device.measure(control, updates=updates, gradients=gradients, clips=clips)
+        if gradients and control.global_norm and len(self.devices) > 1:
+            norms = [device.global_norm() for device in self.devices]
+            for i, device in enumerate(self.devices):
+                device.take_norms(norms[:i] + norms[i + 1 :])
+
+    def norms(self, row: int) -> dict[Tensor, Tensor] | None:
+        """One kind of norm by parameter, from the last step that took any; None if none did."""
+        found: dict[Tensor, Tensor] = {}
+        for device in self.devices:
+            if device.norms is None:
+                return None
+            values = iter(device.norms[row].unbind())
+            for bucket in device.buckets:
+                found.update((segment.param, next(values)) for segment in bucket.segments)
+        return found
+
+    @property
+    def counts_on_host(self) -> bool:
+        return all(isinstance(device, AtenBackend) for device in self.devices)
 
     def unflatten(self) -> None:
         """Give every parameter that lives in a buffer made here, or in an earlier layout, a storage of its own."""

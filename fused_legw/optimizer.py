@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from . import checkpoint, checks
+from .backends import group_lr
+from .control import Control
 from .decays import count
 from .layout import Layout, check_params, named_params
 from .rule import Rule
@@ -20,29 +24,47 @@ def _check_schedule(group: int, schedule: object) -> None:
 
 
 class FusedOptimizer(torch.optim.Optimizer):
-    """Base of the fused optimizers; see `SGD` for the arguments they share.
+    """Base of the fused optimizers. A subclass gives its `Rule`.
 
-    A subclass gives its `Rule`.
+    Arguments that all of them take:
+        max_grad_norm: clip the gradients' global L2 norm, over all groups, dtypes and devices, at this; by default off.
+            As torch.nn.utils.clip_grad_norm_, but without writing gradients. Each group may set its own threshold.
+        skip_nonfinite: a step with a gradient that is not finite changes and counts nothing.
+        backend: "triton", "aten", or None for Triton on GPUs and ATen elsewhere.
+        flatten: let parameters live in one flat buffer per (device, dtype) (True), or where they are.
+        master_weights: keep float32 masters of float16 and bfloat16 parameters; state is float32 either way.
+        tile: elements a Triton program updates at a time, a power of two; state is padded to it, per tensor.
+
+    In a group that follows a schedule, `param_groups[i]["schedule"]` holds it and can be replaced; ["lr"] and
+    ["steps_applied"] show the LR of the last step and the updates that the host knows of, steps that a device skipped
+    included until `steps_applied` is read; an "lr_scale" in the group multiplies the schedule's LR. Writing to that "lr"
+    is an error at the next step, but for 0: then state is made for the group's tensors, which do not move, and if all
+    scheduled groups are so written the step does not count (torch.distributed.checkpoint does that, and writes back).
+
+    torch.amp.GradScaler hands its scale and inf check to `step` through the attributes grad_scale and found_inf.
     """
 
     _rule: Rule
+    _step_supports_amp_scaling = True
 
     def __init__(
         self,
         params: Iterable[Any],
         defaults: dict[str, Any],
         *,
-        backend: str | None,
-        flatten: bool,
-        master_weights: bool,
-        tile: int,
+        skip_nonfinite: bool = False,
+        backend: str | None = None,
+        flatten: bool = True,
+        master_weights: bool = True,
+        tile: int = 1024,
     ) -> None:
         if not isinstance(tile, int) or tile < 16 or tile & (tile - 1):
             raise ValueError(f"tile must be a power of two, 16 or more, got {tile!r}")
-        if defaults["differentiable"]:
+        if defaults.get("differentiable"):
             raise ValueError("differentiable=True is not supported: the fused step is not recorded by autograd")
         self._rule.check(defaults)
         self._options: dict[str, Any] = dict(backend=backend, flatten=flatten, master_weights=master_weights, tile=tile)
+        self.skip_nonfinite = skip_nonfinite
         self._layout: Layout | None = None
         self._shown_lr: dict[int, float] = {}  # by id of the group: what we wrote to its "lr"
         self._host_steps = 0  # what the host knows of steps_applied without asking a device
@@ -59,6 +81,7 @@ class FusedOptimizer(torch.optim.Optimizer):
         group = self.param_groups[-1]
         try:
             self._rule.check(group)
+            self._rule.complete(group)
             _check_schedule(len(self.param_groups) - 1, group["schedule"])
             if self._layout is not None:
                 check_params(self._rule, self.param_groups, self.state, self._options["backend"])
@@ -73,13 +96,13 @@ class FusedOptimizer(torch.optim.Optimizer):
     @property
     def steps_applied(self) -> int:
         """Updates applied so far, the schedule's t for the next one. Reads the device; can be set."""
-        return int(self._layout.devices[0].counts) if self._layout and self._layout.devices else self._host_steps
+        return int(self._layout.devices[0].counts[0]) if self._layout and self._layout.devices else self._host_steps
 
     @steps_applied.setter
     def steps_applied(self, value: int) -> None:
         value = count("steps_applied", value, zero=True)
         for device in self._layout.devices if self._layout else ():
-            device.counts.fill_(value)
+            device.counts[0] = value
         self._host_steps, self._steps_given = value, True
         self._show_lr()
 
@@ -89,7 +112,7 @@ class FusedOptimizer(torch.optim.Optimizer):
         A group whose "lr" someone wrote 0 to did not take part in it.
         """
         t = max(self.steps_applied - 1, 0)
-        return [group["schedule"](t) if group["schedule"] else float(group["lr"]) for group in self.param_groups]
+        return [group_lr(group, t) for group in self.param_groups]
 
     def _show_lr(self) -> None:
         """Let param_groups show what the host knows: the updates applied, and the LR of the last one."""
@@ -98,7 +121,7 @@ class FusedOptimizer(torch.optim.Optimizer):
             shown = self._shown_lr.pop(id(group), group["lr"])
             if group["schedule"] is not None:
                 if group["lr"] == shown:  # what someone wrote there stays, for the next step to judge
-                    group["lr"] = shown = group["schedule"](max(self._host_steps - 1, 0))
+                    group["lr"] = shown = group_lr(group, max(self._host_steps - 1, 0))
                 self._shown_lr[id(group)] = shown
 
     def _check_groups(self) -> set[int]:
@@ -112,6 +135,7 @@ class FusedOptimizer(torch.optim.Optimizer):
             lr, schedule, shown = group["lr"], group["schedule"], self._shown_lr.get(id(group))
             _check_schedule(i, schedule)
             self._rule.hyper(group)
+            self._rule.clip(group)
             if schedule is None and isinstance(lr, LEGW):
                 raise TypeError(f"param_groups[{i}]['lr'] was set to {lr}: set param_groups[{i}]['schedule'] instead")
             if schedule is not None and hasattr(self.step, "_wrapped_by_lr_sched"):
@@ -185,15 +209,80 @@ class FusedOptimizer(torch.optim.Optimizer):
             return
         scheduled = {i for i, group in enumerate(self.param_groups) if group["schedule"] is not None}
         advance = not scheduled or not scheduled <= frozen
+        layout.step(self.param_groups, gradients, self._control(), advance=advance)
         for device, of_device in zip(layout.devices, gradients, strict=True):
-            device.step(self.param_groups, of_device, advance=advance)
             for bucket, of_bucket in zip(device.buckets, of_device, strict=True):
                 # Autograd must see the change: it refuses a backward pass through what was saved before.
                 moved = [s.param for s, g in zip(bucket.segments, of_bucket, strict=True) if g is not None]
                 torch.autograd.graph.increment_version(moved)
         if advance and not layout.capturing:
-            self._host_steps += 1
+            self._host_steps = self.steps_applied if layout.counts_on_host else self._host_steps + 1
             self._show_lr()
+
+    def _control(self, *, skips: bool = False) -> Control:
+        """skips: whether this step is to look for gradients that are not finite whatever `skip_nonfinite` says."""
+        return Control(
+            clips=any(self._rule.clip(group)[0] < math.inf for group in self.param_groups),
+            skips=self.skip_nonfinite or skips or getattr(self, "_finds_inf", False),
+            grad_scale=getattr(self, "grad_scale", None),
+            found_inf=getattr(self, "found_inf", None),
+        )
+
+    # What the last step found
+
+    def _norms(self, row: int, what: str) -> dict[Tensor, Tensor]:
+        assert self._layout is not None
+        found = self._layout.norms(row)
+        if found is None:
+            raise RuntimeError(f"{what} are not known: {type(self).__name__} has made no step that takes them")
+        return found
+
+    def grad_norms(self) -> dict[Tensor, Tensor]:
+        """Each parameter's gradient norm at the last step, before clipping and without AMP's scale; 0 where it had none.
+
+        float64 views on the device, which the next step overwrites. LARS and LAMB always take these norms, SGD, Adam
+        and AdamW with max_grad_norm, skip_nonfinite or `GradScaler`. RuntimeError where no step has taken them.
+        """
+        return self._norms(0, "gradient norms")
+
+    def param_norms(self) -> dict[Tensor, Tensor]:
+        """Each parameter's norm before the last step, of LARS and LAMB; otherwise as `grad_norms`."""
+        if not self._rule.adapts:
+            raise RuntimeError(f"{type(self).__name__} takes no norms of its parameters: LARS and LAMB do")
+        return self._norms(1, "parameter norms")
+
+    def trust_ratios(self) -> dict[Tensor, Tensor]:
+        """Each parameter's trust ratio at the last step it had a gradient in, of LARS and LAMB; otherwise as `grad_norms`."""
+        if not self._rule.adapts:
+            raise RuntimeError(f"{type(self).__name__} has no trust ratios: LARS and LAMB do")
+        return self._norms(3, "trust ratios")
+
+    @property
+    def grad_norm(self) -> Tensor:
+        """The gradients' global norm at the last step, as `grad_norms`: 0-dim, float64, on the first parameter's device."""
+        norms = list(self.grad_norms().values())
+        return torch.linalg.vector_norm(torch.stack([norm.to(norms[0].device, non_blocking=True) for norm in norms]))
+
+    @property
+    def steps_skipped(self) -> Tensor:
+        """How many steps changed nothing because of gradients that were not finite: 0-dim, int64, on the device."""
+        if self._layout is None or not self._layout.devices:
+            return torch.zeros((), dtype=torch.int64)
+        return self._layout.devices[0].counts[1]
+
+    @torch.no_grad()
+    def upload_param_groups(self) -> None:
+        """Let captured CUDA graphs see values that changed in param_groups: LR, weight decay, momentum, betas, ...
+
+        Replays read them from a table on the device that eager steps write; this writes it without a step. What a
+        graph cannot follow is refused: another schedule, other parameters, a state that did not exist.
+        """
+        assert self._layout is not None
+        self._check_groups()
+        if self._layout.stale(self.param_groups, self.state):
+            raise RuntimeError("a parameter, its state or a schedule was replaced: make a step, then capture it again")
+        for device in self._layout.devices:
+            device.write_groups(self.param_groups)
 
     # Checkpoints and copies
 
@@ -220,6 +309,7 @@ class FusedOptimizer(torch.optim.Optimizer):
             **super().__getstate__(),
             "state": state,
             "_options": self._options,
+            "skip_nonfinite": self.skip_nonfinite,
             "_steps_applied": self.steps_applied,
         }
 

@@ -2,42 +2,120 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
+import torch
 from torch import Tensor
 
+from legw_kernels import scalars
+
+from .checks import check_not_negative
+from .schedule import LEGW
+
 Group = dict[str, Any]  # one of torch.optim's param_groups
+Hyper = scalars.MomentumHyper | scalars.AdamHyper
 
 
 class Rule:
-    """An optimizer's state, and what its hyper-parameters mean to the kernel and to ATen.
+    """An optimizer's state, and what its hyper-parameters mean to the kernels and to ATen.
 
-    name: the kernel's update rule, in `legw_kernels.launch.RULES`. states: torch's names, in that rule's order.
+    name: the kernels' rule, in `legw_kernels.launch.RULES`. states: torch's names, in that rule's order. counts: whether
+    optimizer.state holds each parameter's "step". adapts: whether updates have a trust ratio. two_stage: whether that is
+    taken of an update that has no room for the gradient's global norm, which then takes a pass of its own.
     """
 
     name: str
     states: tuple[str, ...]
+    counts = False
+    adapts = False
+    two_stage = False
 
     def check(self, group: Group) -> None:
         """Raise for hyper-parameters that make no sense, with torch.optim's messages."""
-        raise NotImplementedError
+        lr, limit = group["lr"], group["max_grad_norm"]
+        if isinstance(lr, Tensor) and lr.numel() != 1:
+            raise ValueError("Tensor lr must be 1-element")
+        if not isinstance(lr, LEGW):
+            check_not_negative("learning rate", lr)
+        check_not_negative("weight_decay value", group["weight_decay"])
+        if group.get("fused") and group.get("foreach"):
+            raise RuntimeError("`fused` and `foreach` cannot be `True` together.")
+        if limit is not None and not limit > 0:
+            raise ValueError(f"max_grad_norm must be greater than 0, or None, got {limit!r}")
+        scale = group.get("lr_scale", 1.0)
+        if not (isinstance(scale, int | float) and 0 <= scale < math.inf):
+            raise ValueError(f"lr_scale must be a number, zero or more, got {scale!r}")
+
+    def complete(self, group: Group) -> None:
+        """Fill in the defaults that depend on other options."""
 
     def used_states(self, group: Group) -> tuple[str, ...]:
         """The states that a group with these hyper-parameters needs."""
         raise NotImplementedError
 
-    def hyper(self, group: Group) -> tuple[float, ...]:
-        """The group's hyper-parameters, in the order of `launch.group_row`."""
+    def hyper(self, group: Group) -> Hyper:
+        """The group's hyper-parameters as numbers; those that are tensors on a GPU stay tensors."""
         raise NotImplementedError
 
-    def aten(
-        self,
-        params: list[Tensor],
-        grads: list[Tensor],
-        states: list[list[Tensor]],
-        lr: float,
-        group: Group,
-        first: bool,
-    ) -> None:
-        """One update of these tensors by ATen. states: as in `used_states`. first: of each, it is the first counted."""
+    def clip(self, group: Group) -> tuple[float, bool]:
+        """The global norm to clip gradients at (infinite: none), and whether by LAMB's formula or torch's."""
+        limit = group["max_grad_norm"]
+        return (math.inf if limit is None else float(limit)), False
+
+    def exempt(self, group: Group, p: Tensor) -> bool:
+        """Whether the parameter is neither adapted nor decayed."""
+        return False
+
+    def measures_clipped(self, group: Group) -> bool:
+        """Whether the trust ratio needs gradients that are already clipped, and so the global norm before it."""
+        return self.two_stage
+
+    def aten(self, tensors: Tensors, lr: float, count: int, scale: float, group: Group) -> None:
+        """One update of these tensors by ATen; the ratios are appended to `tensors.ratios`.
+
+        count: their earlier updates. scale: what their gradients are multiplied by, for clipping and AMP.
+        """
         raise NotImplementedError
+
+
+class Tensors:
+    """The tensors of one group, dtype and count that ATen updates: lists, an entry per parameter.
+
+    states: a list for each of the rule's states; empty where the group does not use it. exempt: see `Rule.exempt`.
+    g_norms: norms of the gradients without AMP's scale, empty where not taken. w_norms, ratios: to be filled.
+    """
+
+    def __init__(self, params: list[Tensor], grads: list[Tensor], states: list[list[Tensor]], exempt: list[bool]) -> None:
+        self.params, self.grads, self.states, self.exempt = params, grads, states, exempt
+        self.w_norms: list[float] = []
+        self.g_norms: list[float] = []
+        self.ratios: list[float] = []
+
+
+def number(x: Any) -> Any:
+    """A hyper-parameter as a float; one that is a tensor on a GPU as it is, for the step must not wait for it."""
+    return x if isinstance(x, Tensor) and x.device.type != "cpu" else float(x)
+
+
+def log(x: Any) -> Any:
+    x = number(x)
+    if isinstance(x, Tensor):
+        return x.double().log()
+    return math.log(x) if x > 0 else -math.inf
+
+
+def scaled(grads: list[Tensor], factor: float) -> list[Tensor]:
+    """The gradients times a factor, in new memory; themselves where it is 1."""
+    return grads if factor == 1 else list(torch._foreach_mul(grads, factor))
+
+
+def norm(x: Tensor) -> float:
+    """L2 norm in float64, which does not overflow where the values are finite."""
+    plain = float(torch.linalg.vector_norm(x, dtype=torch.float64))
+    if 1e-140 < plain < 1e150 or x.numel() == 0:
+        return plain
+    largest = float(x.abs().max())
+    if not 0 < largest < math.inf:
+        return largest
+    return float(torch.linalg.vector_norm(x.double() / largest)) * largest

@@ -13,7 +13,10 @@ from typing import Any
 import torch
 
 from . import backends
+from .adam import Adam, AdamW
 from .decays import Constant, Cosine, Exponential, MultiStep, Polynomial
+from .lamb import LAMB
+from .lars import LARS
 from .optimizer import FusedOptimizer
 from .schedule import LEGW
 from .sgd import SGD
@@ -26,6 +29,10 @@ Job = tuple[str, str]  # case and dtype
 # What is checked, by name: the class, its base LR, and its other arguments.
 CASES: dict[str, tuple[type[FusedOptimizer], float, dict[str, Any]]] = {
     "SGD": (SGD, 0.05, dict(momentum=0.9, weight_decay=1e-3)),
+    "LARS": (LARS, 2.0, dict(weight_decay=1e-3)),
+    "Adam": (Adam, 2e-3, dict(weight_decay=1e-3)),
+    "AdamW": (AdamW, 2e-3, dict()),
+    "LAMB": (LAMB, 5e-3, dict()),
 }
 DTYPES = {"float32": torch.float32, "float64": torch.float64, "bfloat16": torch.bfloat16, "float16": torch.float16}
 

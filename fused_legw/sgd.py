@@ -8,18 +8,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from legw_kernels.scalars import MomentumHyper
+
+from .checks import check_not_negative
 from .optimizer import FusedOptimizer
-from .rule import Group, Rule
+from .rule import Group, Rule, Tensors, number, scaled
 from .schedule import LEGW
-
-
-def _check_not_negative(name: str, value: Any) -> None:
-    try:
-        valid = bool(value >= 0.0)
-    except TypeError as error:
-        raise TypeError(f"Invalid {name}: {value!r}") from error
-    if not valid:
-        raise ValueError(f"Invalid {name}: {value}")
 
 
 class SGDRule(Rule):
@@ -29,45 +23,35 @@ class SGDRule(Rule):
     states = ("momentum_buffer",)
 
     def check(self, group: Group) -> None:
-        lr, momentum, weight_decay = group["lr"], group["momentum"], group["weight_decay"]
-        if isinstance(lr, Tensor) and lr.numel() != 1:
-            raise ValueError("Tensor lr must be 1-element")
-        if not isinstance(lr, LEGW):
-            _check_not_negative("learning rate", lr)
-        _check_not_negative("momentum value", momentum)
-        _check_not_negative("weight_decay value", weight_decay)
-        if group["fused"] and group["foreach"]:
-            raise RuntimeError("`fused` and `foreach` cannot be `True` together.")
-        if group["nesterov"] and (momentum <= 0 or group["dampening"] != 0):
+        super().check(group)
+        check_not_negative("momentum value", group["momentum"])
+        if group["nesterov"] and (group["momentum"] <= 0 or group["dampening"] != 0):
             raise ValueError("Nesterov momentum requires a momentum and zero dampening")
 
     def used_states(self, group: Group) -> tuple[str, ...]:
-        return ("momentum_buffer",) if group["momentum"] != 0 else ()
+        return ("momentum_buffer",) if isinstance(group["momentum"], Tensor) or group["momentum"] != 0 else ()
 
-    def hyper(self, group: Group) -> tuple[float, ...]:
-        flags = float(group["nesterov"]), -1.0 if group["maximize"] else 1.0
-        return (float(group["weight_decay"]), float(group["momentum"]), float(group["dampening"]), *flags)
+    def hyper(self, group: Group) -> MomentumHyper:
+        return MomentumHyper(
+            weight_decay=number(group["weight_decay"]),
+            momentum=number(group["momentum"]),
+            dampening=number(group["dampening"]),
+            nesterov=float(group["nesterov"]),
+            sign=-1.0 if group["maximize"] else 1.0,
+        )
 
-    def aten(
-        self,
-        params: list[Tensor],
-        grads: list[Tensor],
-        states: list[list[Tensor]],
-        lr: float,
-        group: Group,
-        first: bool,
-    ) -> None:
+    def aten(self, tensors: Tensors, lr: float, count: int, scale: float, group: Group) -> None:
         torch._fused_sgd_(
-            params,
-            grads,
-            states[0] if states else [],
+            tensors.params,
+            scaled(tensors.grads, scale),
+            tensors.states[0],
             weight_decay=float(group["weight_decay"]),
             momentum=float(group["momentum"]),
             lr=lr,
             dampening=float(group["dampening"]),
             nesterov=bool(group["nesterov"]),
             maximize=bool(group["maximize"]),
-            is_first_step=first,
+            is_first_step=count == 0,
         )
 
 
@@ -83,16 +67,8 @@ class SGD(FusedOptimizer):
         lr: a number, a 1-element tensor (driven by torch's LR schedulers as usual), or a `LEGW` schedule, whose LR the
             step works out itself from the number of updates applied so far.
         momentum, dampening, weight_decay, nesterov, maximize: as in torch.optim.SGD.
+        max_grad_norm, skip_nonfinite, backend, flatten, master_weights, tile: as in every `FusedOptimizer`.
         foreach, fused: accepted and ignored, but not both. differentiable: must be False.
-        backend: "triton", "aten", or None for Triton on GPUs and ATen elsewhere.
-        flatten: let parameters live in one flat buffer per (device, dtype) (True), or where they are.
-        master_weights: keep float32 masters of float16 and bfloat16 parameters; state is float32 either way.
-        tile: elements a Triton program updates at a time, a power of two; state is padded to it, per tensor.
-
-    In a group that follows a schedule, `param_groups[i]["schedule"]` holds it and can be replaced; ["lr"] and
-    ["steps_applied"] show the LR of the last step and the updates that the host knows of. Writing to that "lr" is an
-    error at the next step, but for 0: then state is made for the group's tensors, which do not move, and if all
-    scheduled groups are so written the step does not count (torch.distributed.checkpoint does that, and writes back).
 
     Raises:
         ValueError, TypeError: naming the argument or parameter and its value, before anything has changed.
@@ -123,10 +99,8 @@ class SGD(FusedOptimizer):
         foreach: bool | None = None,
         differentiable: bool = False,
         fused: bool | None = None,
-        backend: str | None = None,
-        flatten: bool = True,
-        master_weights: bool = True,
-        tile: int = 1024,
+        max_grad_norm: float | None = None,
+        **common: Any,
     ) -> None:
         defaults = dict(
             lr=lr,
@@ -138,5 +112,6 @@ class SGD(FusedOptimizer):
             foreach=foreach,
             differentiable=differentiable,
             fused=fused,
+            max_grad_norm=max_grad_norm,
         )
-        super().__init__(params, defaults, backend=backend, flatten=flatten, master_weights=master_weights, tile=tile)
+        super().__init__(params, defaults, **common)

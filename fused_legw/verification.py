@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from . import reference
+from .backends import group_lr
 from .checks import DTYPES
 from .optimizer import FusedOptimizer
 
@@ -188,7 +189,7 @@ class _Twin:
             lr = group["schedule"] or float(group["lr"])
             groups.append({**group, "lr": lr, "params": [copies[id(p)] for p in group["params"]]})
         # Whatever the fused optimizer was made with; the twin ignores what is only layout, and takes schedules as `lr`.
-        options = {**optimizer.defaults, **optimizer._options}
+        options = {**optimizer.defaults, **optimizer._options, "skip_nonfinite": optimizer.skip_nonfinite}
         del options["schedule"]
         self.optimizer = _twin_class(optimizer)(groups, **options)
         self.optimizer.steps_applied = optimizer.steps_applied
@@ -244,7 +245,7 @@ class _Errors:
 
 def _lr_error(optimizer: FusedOptimizer, t: int) -> float:
     """How far the LR that the optimizer says it applied at its t-th update is from the schedule's."""
-    wanted = [group["schedule"](t) if group["schedule"] else float(group["lr"]) for group in optimizer.param_groups]
+    wanted = [group_lr(group, t) for group in optimizer.param_groups]
     return max(abs(a - b) for a, b in zip(optimizer.get_last_lr(), wanted, strict=True))
 
 

@@ -39,28 +39,45 @@ class Compiled:
         return Counter(i for i in self.instructions if i.startswith(prefixes))
 
 
-def compile_step(
-    target: str, param: str = "fp32", grad: str | None = None, *, state: bool = True, master: bool = False,
-    advance: bool = True, tile: int = 1024, rule: str = "sgd",
+_POINTERS = {
+    "segments": "*i64", "tiles": "*i32", "groups": "*fp64", "milestones": "*i64", "counts": "*i64", "steps": "*i64",
+    "shown": "*fp32", "ticket": "*i32", "master": "*fp32", "partials": "*fp64", "norms": "*fp64", "grad_scale": "*fp32",
+    "found_inf": "*fp32", "nonfinite": "*fp32",
+}  # fmt: skip
+_STATES = {"sgd": 1, "lars": 1, "adam": 2, "lamb": 2}
+
+
+def compile_kernel(
+    target: str, kernel: str = "update", rule: str = "sgd", param: str = "fp32", grad: str | None = None, *,
+    states: int | None = None, master: bool = False, clips: bool = False, skips: bool = False, scaled: bool = False,
+    last: bool = True, updates: bool | None = None, gradients: bool = True, tile: int = 1024,
 ) -> Compiled:  # fmt: skip
-    """The step kernel as `launch.step` would have it compiled."""
+    """A kernel as `launch` would have it compiled for one (parameter dtype, gradient dtype)."""
     compute = "fp64" if param == "fp64" else "fp32"
-    signature = {
-        "segments": "*i64", "tiles": "*i32", "groups": "*fp64", "milestones": "*i64", "counts": "*i64", "steps": "*i64",
-        "ticket": "*i32", "state": f"*{compute}" if state else "constexpr",
-        "master": "*fp32" if master else "constexpr", "n_tiles": "i32", "n_segments": "i32",
-        "RULE": "constexpr", "PARAM": "constexpr", "GRAD": "constexpr", "COMPUTE": "constexpr", "ADVANCE": "constexpr",
-        "BLOCK": "constexpr",
-    }  # fmt: skip
+    device_rule = launch.RULES[rule]
+    states = _STATES[rule] if states is None else states
+    updates = device_rule.has_trust_ratio if updates is None else updates
     constants = {
-        "RULE": launch.RULES[rule], "PARAM": _TYPES[param], "GRAD": _TYPES[grad or param], "COMPUTE": _TYPES[compute],
-        "ADVANCE": advance, "BLOCK": tile,
+        "PREPARE": device_rule.prepare, "ADVANCE": device_rule.advance, "DIRECTION": device_rule.direction,
+        "MEASURE": device_rule.measure if updates else None, "STORE": device_rule.two_stage,
+        "ADVANCED": device_rule.two_stage, "TRUST": device_rule.has_trust_ratio, "GRADIENTS": gradients,
+        "UPDATES": updates, "GLOBAL": clips or skips, "SKIP": skips, "LAST": last, "TILE": tile,
+        "PARAM": _TYPES[param], "GRAD": _TYPES[grad or param], "COMPUTE": _TYPES[compute],
+        "BLOCK": launch.REDUCE_BLOCK if kernel == "reduce" else tile,
     }  # fmt: skip
-    constants |= {name: None for name, used in (("state", state), ("master", master)) if not used}
+    absent = {"shown": rule in ("sgd", "lars"), "master": not master, "grad_scale": not scaled, "found_inf": not scaled}
+    absent |= {f"state_{name}": i >= states for i, name in enumerate("abc")}
+    function = getattr(skeleton, f"{kernel}_kernel")
+    names = [p.name for p in function.params]
+    kinds = _POINTERS | {f"state_{name}": f"*{compute}" for name in "abc"}
+    signature = {
+        name: "constexpr" if absent.get(name) or name in constants else kinds.get(name, "i32") for name in names
+    }
+    values = {name: None if absent.get(name) else constants[name] for name in names if signature[name] == "constexpr"}
     aligned = {(i,): [["tt.divisibility", 16]] for i, kind in enumerate(signature.values()) if kind.startswith("*")}
     param_dtype = next(dtype for dtype, kind in launch.DTYPES.items() if kind == _TYPES[param])
     options = launch.options(param_dtype, amd=target.startswith("gfx"))
-    source = ASTSource(skeleton.step_kernel, signature=signature, constexprs=constants, attrs=aligned)
+    source = ASTSource(function, signature=signature, constexprs=values, attrs=aligned)
     compiled = triton.compile(source, target=TARGETS[target], options=options)
     ttgir = compiled.asm["ttgir"]
     return _amd(ttgir, compiled.asm["amdgcn"]) if target.startswith("gfx") else _nvidia(ttgir, compiled.asm["cubin"])

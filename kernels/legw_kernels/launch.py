@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 import triton.language as tl
 from torch import Tensor
 
-from . import rules, skeleton
+from . import skeleton
+from .rules import RULES
 from .scalars import Recipe
 
+HYPER, SEGMENT_WIDTH = skeleton.HYPER.value, skeleton.SEGMENT_WIDTH.value
 WARPS = 4
-RULES: dict[str, Any] = {"sgd": rules.sgd}
+REDUCE_BLOCK = 1024  # norms that a program of the reduction adds at a time
 DTYPES: dict[torch.dtype, Any] = {
     torch.float32: tl.float32,
     torch.float64: tl.float64,
@@ -48,54 +51,113 @@ def _most_programs(device: torch.device, param_dtype: torch.dtype) -> int:
     return resident * torch.cuda.get_device_properties(device).multi_processor_count
 
 
-def segment_row(p: Tensor, gradient: Tensor | None, first_tile: int, group: int) -> list[int]:
-    """A parameter's row in the segment table, in the order of the skeleton's columns."""
-    address, source = p.data_ptr(), 0 if gradient is None else gradient.data_ptr()
-    return [address, source, p.numel(), first_tile, group, int(address % 16 == 0 and source % 16 == 0)]
+def segment_row(p: Tensor, gradient: int, first_tile: int, group: int, exempt: bool) -> list[int]:
+    """A parameter's row in the segment table, in the order of the skeleton's columns.
+
+    gradient: its address; 0: there is none this time; -1: another launch sees to it.
+    """
+    address = p.data_ptr()
+    return [address, gradient, p.numel(), first_tile, group, int(address % 16 == 0 and gradient % 16 == 0), exempt]
 
 
 def group_row(
-    recipe: Recipe, lr: Tensor | None, milestones: tuple[int, int], counted: bool, hyper: Sequence[float]
+    recipe: Recipe,
+    lr: Tensor | None,
+    milestones: tuple[int, int],
+    states: int,
+    clip: tuple[float, bool],
+    hyper: Sequence[float],
 ) -> list[float]:
     """A param group's row in the group table, in the order of the skeleton's columns.
 
     lr: the device tensor to read the LR from, for the recipe kinds TENSOR32 and TENSOR64. milestones: begin and length
-    in the milestone table. counted: whether an update advances the tensor's own count. hyper: weight decay, momentum,
-    dampening, nesterov, sign.
+    in the milestone table. states: a bit for each state that an update uses. clip: the global norm to clip at, and
+    whether by LAMB's formula. hyper: the rule's hyper-parameters.
     """
     address = 0 if lr is None else lr.data_ptr()
     if int(float(address)) != address:
         raise ValueError(f"lr is a tensor at address {address}, which float64 does not hold: clone it")
-    return [*recipe, float(address), *milestones, counted, *hyper]
+    row = [*recipe, float(address), *milestones, states, *clip, *hyper]
+    return row + [0.0] * (skeleton.GROUP_WIDTH.value - len(row))
 
 
-def step(
-    rule: str,
-    *,
-    segments: Tensor,
-    tiles: Tensor,
-    groups: Tensor,
-    milestones: Tensor,
-    counts: Tensor,
-    steps: Tensor,
-    ticket: Tensor,
-    state: Tensor | None,
-    master: Tensor | None,
-    param_dtype: torch.dtype,
-    grad_dtype: torch.dtype,
-    advance: bool,
-    tile: int,
-) -> None:
-    """Launch one optimizer step on the tensors' device and its current stream; the tables are the skeleton's.
+@dataclass
+class Work:
+    """What the launches of one step on one (parameter dtype, gradient dtype) share; the tables are the skeleton's.
 
-    advance: whether this is the step's last launch on the device, the one that advances `counts`.
+    own: where this bucket's tensors begin in `norms`. partials, norms: needed where norms are.
     """
-    device, n_tiles = segments.device, tiles.numel()
-    kernel = skeleton.step_kernel[(max(1, min(n_tiles, _most_programs(device, param_dtype))),)]
+
+    rule: str
+    param_dtype: torch.dtype
+    grad_dtype: torch.dtype
+    tile: int
+    segments: Tensor
+    tiles: Tensor
+    groups: Tensor
+    milestones: Tensor
+    counts: Tensor
+    steps: Tensor
+    shown: Tensor | None
+    ticket: Tensor
+    states: tuple[Tensor | None, Tensor | None, Tensor | None]
+    master: Tensor | None
+    partials: Tensor | None
+    norms: Tensor | None
+    own: int
+    grad_scale: Tensor | None
+    found_inf: Tensor | None
+    nonfinite: Tensor
+
+    @property
+    def dtypes(self) -> dict[str, Any]:
+        compute = tl.float64 if self.param_dtype == torch.float64 else tl.float32
+        return dict(PARAM=DTYPES[self.param_dtype], GRAD=DTYPES[self.grad_dtype], COMPUTE=compute, BLOCK=self.tile)
+
+    @property
+    def n_norms(self) -> int:
+        return 0 if self.norms is None else self.norms.shape[1]
+
+
+def launch(kernel: Any, work: Work, jobs: int, *args: Any, **constants: Any) -> None:
+    """Run a kernel on the tensors' device and its current stream. Everything launched goes through here."""
+    device = work.segments.device
+    programs = max(1, min(jobs, _most_programs(device, work.param_dtype)))
     with torch.cuda.device(device if device.type == "cuda" else -1):
-        kernel(
-            segments, tiles, groups, milestones, counts, steps, ticket, state, master, n_tiles, steps.numel(),
-            RULE=RULES[rule], PARAM=DTYPES[param_dtype], GRAD=DTYPES[grad_dtype],
-            COMPUTE=tl.float64 if param_dtype == torch.float64 else tl.float32,
-            ADVANCE=advance, BLOCK=tile, **options(param_dtype),
-        )  # fmt: skip
+        kernel[(programs,)](*args, **constants, **options(work.param_dtype))
+
+
+def measure(work: Work, *, updates: bool, gradients: bool, clips: bool, skips: bool) -> None:
+    """Norms of every tile, then of every tensor.
+
+    updates: also those of weights and updates, for trust ratios. gradients: those of the gradients, if they are not
+    known yet. clips, skips: whether the global norm, known by now, clips the gradients or may skip the step.
+    """
+    rule, n_tiles = RULES[work.rule], work.tiles.numel()
+    launch(
+        skeleton.measure_kernel, work, n_tiles,
+        work.segments, work.tiles, work.groups, work.milestones, work.counts, work.steps, work.shown,
+        *work.states, work.master, work.partials, work.norms, work.grad_scale, work.found_inf,
+        n_tiles, work.own, work.n_norms,
+        PREPARE=rule.prepare, ADVANCE=rule.advance, MEASURE=rule.measure if updates else None, STORE=rule.two_stage,
+        GRADIENTS=gradients, GLOBAL=clips or skips, SKIP=skips, **work.dtypes,
+    )  # fmt: skip
+    kinds = 3 if updates else 1
+    launch(
+        skeleton.reduce_kernel, work, kinds * work.steps.numel(),
+        work.segments, work.partials, work.norms, work.grad_scale, n_tiles, work.steps.numel(), work.own, work.n_norms,
+        GRADIENTS=gradients, UPDATES=updates, TILE=work.tile, BLOCK=REDUCE_BLOCK,
+    )  # fmt: skip
+
+
+def update(work: Work, *, clips: bool, skips: bool, last: bool) -> None:
+    """The update itself. last: whether it is the step's last launch on the device, which advances `counts`."""
+    rule, n_tiles = RULES[work.rule], work.tiles.numel()
+    launch(
+        skeleton.update_kernel, work, n_tiles,
+        work.segments, work.tiles, work.groups, work.milestones, work.counts, work.steps, work.shown, work.ticket,
+        *work.states, work.master, work.norms, work.grad_scale, work.found_inf, work.nonfinite,
+        n_tiles, work.steps.numel(), work.own, work.n_norms,
+        PREPARE=rule.prepare, ADVANCE=rule.advance, DIRECTION=rule.direction, ADVANCED=rule.two_stage,
+        TRUST=rule.has_trust_ratio, GLOBAL=clips or skips, SKIP=skips, LAST=last, **work.dtypes,
+    )  # fmt: skip

@@ -1,33 +1,246 @@
 """Update rules: pure functions of one tile, given to the skeleton as `tl.constexpr`.
 
-A rule takes the parameter, its gradient and its state as tiles of the compute dtype (float32, or float64 for float64
-parameters), the group's `Hyper`, and whether this is the tensor's first counted update. It returns what to store.
+A rule is a few functions, and two optimizers share what is the same in them. Tiles are of the compute dtype (float32,
+or float64 for float64 parameters); a and b, c are the tiles of the rule's states in their order, unused ones are dummies.
+
+    prepare(hyper, lr, count, scale, exempt, g_norm, w_norm, x_norm) -> h
+        the scalars of one tensor at this update, as a NamedTuple. `h.scale` multiplies its gradient first, the update
+        is w - h.outer * direction. hyper: address of the group's hyper-parameters. scale: of clipping and AMP.
+        count: float64, the tensor's earlier updates. The norms are 0 until they are known.
+    advance(p, g, a, b, c, h) -> (a, b, c)       the states of the next update
+    direction(p, g, a, b, c, h) -> u             the update, from the advanced states
+    measure(p, g, a, b, c, h) -> x               what the trust ratio divides by the norm of
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import triton
 import triton.language as tl
 
+from . import scalars
 
-class Hyper(NamedTuple):
-    """One param group's hyper-parameters, as scalars of the compute dtype."""
+_MomentumHyper = tl.constexpr(scalars.MomentumHyper)
+_AdamHyper = tl.constexpr(scalars.AdamHyper)
+_one_minus_power = scalars.on_device(scalars.one_minus_power)
+_lars_ratio = scalars.on_device(scalars.lars_ratio)
+_lars_factors = scalars.on_device(scalars.lars_factors)
+_lamb_ratio = scalars.on_device(scalars.lamb_ratio)
+_bias_factors = scalars.on_device(scalars.bias_factors)
+_POPULAR = tl.constexpr(scalars.POPULAR)
 
-    lr: float
+
+class _Momentum(NamedTuple):
+    scale: float
+    outer: float
+    ratio: float
+    reads_state: bool  # whether `measure` needs the states
+    inner: float
     weight_decay: float
     momentum: float
     one_minus_dampening: float
-    nesterov: float  # 0 or 1
-    sign: float  # -1 to maximize
+    nesterov: float
+    first: bool
+    norm_of_sum: float
+
+
+class _Adam(NamedTuple):
+    scale: float
+    outer: float
+    ratio: float
+    reads_state: bool
+    coupled_decay: float
+    decay: float
+    beta1: float
+    beta2: float
+    one_minus_beta1: float
+    one_minus_beta2: float
+    first_factor: float
+    root_factor: float
+    eps: float
+    amsgrad: float
+
+
+_MomentumScalars = tl.constexpr(_Momentum)
+_AdamScalars = tl.constexpr(_Adam)
 
 
 @triton.jit
-def sgd(p, g, m, h, first):
-    """torch.optim.SGD's update: (parameter, momentum_buffer). With momentum 0, m is not used and must not be stored."""
-    g = g * h.sign
+def sgd_prepare(
+    hyper, lr, count, scale, exempt, g_norm, w_norm, x_norm, COMPUTE: tl.constexpr
+):
+    one = (lr * 0 + 1).to(COMPUTE)
+    return _MomentumScalars(
+        scale * tl.load(hyper + 4).to(COMPUTE),
+        lr.to(COMPUTE),
+        one,
+        count < 0,
+        one,
+        tl.load(hyper).to(COMPUTE),
+        tl.load(hyper + 1).to(COMPUTE),
+        (1.0 - tl.load(hyper + 2)).to(COMPUTE),
+        tl.load(hyper + 3).to(COMPUTE),
+        count == 0,
+        0 * one,
+    )
+
+
+@triton.jit
+def lars_prepare(
+    hyper, lr, count, scale, exempt, g_norm, w_norm, x_norm, COMPUTE: tl.constexpr
+):
+    h = _MomentumHyper(
+        tl.load(hyper).to(COMPUTE),
+        tl.load(hyper + 1).to(COMPUTE),
+        (1.0 - tl.load(hyper + 2)).to(COMPUTE),
+        tl.load(hyper + 3),
+        tl.load(hyper + 4).to(COMPUTE),
+        tl.load(hyper + 5).to(COMPUTE),
+        tl.load(hyper + 6).to(COMPUTE),
+        tl.load(hyper + 7),
+        tl.load(hyper + 8),
+        tl.load(hyper + 9),
+        tl.load(hyper + 10),
+        tl.load(hyper + 11) * (1 - exempt),
+    )
+    if h.norm_of_sum == 0:
+        x_norm = g_norm
+    rate = lr.to(COMPUTE)
+    ratio, decay = _lars_ratio(rate, w_norm, x_norm, h)
+    inner, outer = _lars_factors(rate, ratio, h.form)
+    return _MomentumScalars(
+        scale * h.sign,
+        outer,
+        ratio,
+        h.form == _POPULAR,
+        inner,
+        decay * (1 - exempt).to(COMPUTE),
+        h.momentum,
+        h.dampening,
+        h.nesterov.to(COMPUTE),
+        count == 0,
+        h.norm_of_sum.to(COMPUTE),
+    )
+
+
+@triton.jit
+def _decayed(p, g, h):
     # A decay of zero must not turn an infinite weight into NaN.
-    g = tl.where(h.weight_decay != 0, g + h.weight_decay * p, g)
-    m = tl.where(first, g, h.momentum * m + h.one_minus_dampening * g)
-    d = tl.where(h.nesterov != 0, g + h.momentum * m, m)
-    d = tl.where(h.momentum != 0, d, g)
-    return p - h.lr * d, m
+    return tl.where(h.weight_decay != 0, g + h.weight_decay * p, g)
+
+
+@triton.jit
+def momentum_advance(p, g, a, b, c, h):
+    """torch.optim.SGD's momentum_buffer, of the gradient that the trust ratio has scaled."""
+    d = h.inner * _decayed(p, g, h)
+    return tl.where(h.first, d, h.momentum * a + h.one_minus_dampening * d), b, c
+
+
+@triton.jit
+def momentum_direction(p, g, a, b, c, h):
+    d = h.inner * _decayed(p, g, h)
+    u = tl.where(h.nesterov != 0, d + h.momentum * a, a)
+    return tl.where(h.momentum != 0, u, d)
+
+
+@triton.jit
+def lars_measure(p, g, a, b, c, h):
+    x = g
+    if h.norm_of_sum != 0:
+        x = _decayed(p, g, h)
+        if h.reads_state:
+            a, b, c = momentum_advance(p, g, a, b, c, h)
+            x = momentum_direction(p, g, a, b, c, h)
+    return x
+
+
+@triton.jit
+def _adam_prepare(hyper, lr, count, scale, ratio, COMPUTE: tl.constexpr):
+    n = count + 1.0
+    first, root, step = _bias_factors(
+        lr.to(COMPUTE),
+        _one_minus_power(tl.load(hyper + 3), n).to(COMPUTE),
+        _one_minus_power(tl.load(hyper + 4), n).to(COMPUTE),
+        tl.load(hyper + 9),
+    )
+    beta1 = tl.load(hyper + 1)
+    beta2 = tl.load(hyper + 2)
+    decay = tl.load(hyper).to(COMPUTE)
+    decoupled = tl.load(hyper + 7).to(COMPUTE)
+    return _AdamScalars(
+        scale * tl.load(hyper + 8).to(COMPUTE),
+        step * ratio,
+        ratio,
+        count < 0,
+        decay * (1 - decoupled),
+        decay * decoupled,
+        beta1.to(COMPUTE),
+        beta2.to(COMPUTE),
+        (1.0 - beta1).to(COMPUTE),
+        (1.0 - beta2).to(COMPUTE),
+        first,
+        root,
+        tl.load(hyper + 5).to(COMPUTE),
+        tl.load(hyper + 6).to(COMPUTE),
+    )
+
+
+@triton.jit
+def adam_prepare(
+    hyper, lr, count, scale, exempt, g_norm, w_norm, x_norm, COMPUTE: tl.constexpr
+):
+    return _adam_prepare(hyper, lr, count, scale, (lr * 0 + 1).to(COMPUTE), COMPUTE)
+
+
+@triton.jit
+def lamb_prepare(
+    hyper, lr, count, scale, exempt, g_norm, w_norm, x_norm, COMPUTE: tl.constexpr
+):
+    zero = 0 * w_norm
+    h = _AdamHyper(
+        zero, zero, zero, zero, zero, zero, zero, zero, zero, zero,
+        tl.load(hyper + 10),
+        tl.load(hyper + 11).to(COMPUTE),
+        tl.load(hyper + 12).to(COMPUTE),
+        tl.load(hyper + 13).to(COMPUTE),
+        tl.load(hyper + 14).to(COMPUTE),
+    )  # fmt: skip
+    return _adam_prepare(hyper, lr, count, scale, _lamb_ratio(w_norm, x_norm, h), COMPUTE)
+
+
+@triton.jit
+def adam_advance(p, g, a, b, c, h):
+    """torch.optim.Adam's exp_avg, exp_avg_sq and max_exp_avg_sq."""
+    g = tl.where(h.coupled_decay != 0, g + h.coupled_decay * p, g)
+    a = h.beta1 * a + h.one_minus_beta1 * g
+    b = h.beta2 * b + h.one_minus_beta2 * (g * g)
+    return a, b, tl.maximum(c, b)
+
+
+@triton.jit
+def adam_direction(p, g, a, b, c, h):
+    v = tl.where(h.amsgrad != 0, c, b)
+    root = tl.sqrt_rn(v) if v.dtype == tl.float32 else tl.sqrt(v)
+    u = (h.first_factor * a) / (h.root_factor * root + h.eps)
+    return tl.where(h.decay != 0, u + h.decay * p, u)
+
+
+class DeviceRule(NamedTuple):
+    """One optimizer's functions, as described above. two_stage: the states advance while the update is measured."""
+
+    prepare: Any
+    advance: Any
+    direction: Any
+    measure: Any = None
+    two_stage: bool = False
+
+    @property
+    def has_trust_ratio(self) -> bool:
+        return self.measure is not None
+
+
+RULES = {
+    "sgd": DeviceRule(sgd_prepare, momentum_advance, momentum_direction),
+    "lars": DeviceRule(lars_prepare, momentum_advance, momentum_direction, lars_measure),
+    "adam": DeviceRule(adam_prepare, adam_advance, adam_direction),
+    "lamb": DeviceRule(lamb_prepare, adam_advance, adam_direction, adam_direction, two_stage=True),
+}

@@ -1,7 +1,7 @@
-"""The schedule's formulas: one source for the host and the device.
+"""The scalar formulas, of the schedule and of trust ratios: one source for the host and the device.
 
 Each formula here is plain Python in the subset that Triton's compiler also takes: `+ - * /`, comparisons, `min`, `max`,
-`if`/`else`, NamedTuple fields, and `tl.exp`, `tl.log`, `tl.floor`. Called as it stands it works on floats, because
+`if`/`else`, NamedTuple fields, and `tl.exp`, `tl.log`, `tl.sqrt`, `tl.floor`. Called as it stands it works on floats, because
 `tl` is Python's `math` here. `on_device` gives the same code object with `triton.language` for `tl`.
 
 Convention for t, everywhere in this package: t is the number of updates already completed. The warm-up counts the
@@ -106,6 +106,148 @@ def learning_rate(t, passed, r):
     return lr
 
 
+# Where LARS lets the LR enter: `lars_factors`.
+TORCH = 0  # v = mu * v + ratio * d; w -= lr * v. Equal to NVIDIA's form, v scaled by lr_t / lr_(t-1), at every schedule
+SCALED = 1  # v = mu * v + lr * ratio * d; w -= v
+UNSCALED = 2  # v = mu * v + d; w -= lr * ratio * v
+POPULAR = 3  # the same, with the ratio taken of the update instead of the gradient
+
+# What LARS does where a norm is zero.
+ONE = 0  # ratio 1
+BY_DENOMINATOR = 1  # ratio 1 where the weight's norm or the whole denominator is zero, else the formula
+PLAIN = 2  # ratio 1, no weight decay
+
+LARGEST_RATIO = 1e30  # so that no ratio is infinite in float32, and an update never NaN for it
+
+
+class MomentumHyper(NamedTuple):
+    """One param group's hyper-parameters of SGD and LARS; flags are 0 or 1."""
+
+    weight_decay: float = 0.0
+    momentum: float = 0.0
+    dampening: float = 0.0
+    nesterov: float = 0.0
+    sign: float = 1.0  # -1 to maximize
+    trust_coefficient: float = 1.0
+    eps: float = 0.0
+    form: float = TORCH
+    norm_of_sum: float = 0.0  # the denominator is |g + weight_decay * w|, not |g| + weight_decay * |w|
+    trust_clip: float = 0.0
+    zero_norm: float = ONE
+    adapt: float = 0.0
+
+
+class AdamHyper(NamedTuple):
+    """One param group's hyper-parameters of Adam, AdamW and LAMB; flags are 0 or 1."""
+
+    weight_decay: float = 0.0
+    beta1: float = 0.9
+    beta2: float = 0.999
+    log_beta1: float = 0.0
+    log_beta2: float = 0.0
+    eps: float = 1e-8
+    amsgrad: float = 0.0
+    decoupled: float = 0.0
+    sign: float = 1.0  # -1 to maximize
+    bias_correction: float = 1.0  # 0: none. 2: of the step size, DeepSpeed's
+    adapt: float = 0.0
+    weight_low: float = 0.0  # what the weight's norm is clamped to
+    weight_high: float = LARGEST_RATIO
+    ratio_low: float = 0.0  # what the ratio is clamped to
+    ratio_high: float = LARGEST_RATIO
+
+
+def one_minus_power(log_beta, n):
+    """1 - beta^n in float64, which loses nothing where beta^n is near 1. n: float64, 1 or more."""
+    x = n * log_beta
+    value = 1.0 - tl.exp(x)
+    if x > -0.25:
+        # -expm1(x) by Taylor to x^11, whose next term is below 1e-16 of the first.
+        tail = 1.0 + x * (1.0 / 12.0)
+        tail = 1.0 + x * (1.0 / 11.0) * tail
+        tail = 1.0 + x * (1.0 / 10.0) * tail
+        tail = 1.0 + x * (1.0 / 9.0) * tail
+        tail = 1.0 + x * (1.0 / 8.0) * tail
+        tail = 1.0 + x * (1.0 / 7.0) * tail
+        tail = 1.0 + x * (1.0 / 6.0) * tail
+        tail = 1.0 + x * (1.0 / 5.0) * tail
+        tail = 1.0 + x * (1.0 / 4.0) * tail
+        tail = 1.0 + x * (1.0 / 3.0) * tail
+        tail = 1.0 + x * (1.0 / 2.0) * tail
+        value = -x * tail
+    return value
+
+
+def clip_factor(norm, limit, divides):
+    """What global-norm clipping multiplies gradients by: torch's min(1, c / (norm + 1e-6)), or LAMB's 1 / max(1, norm / c)."""
+    factor = min(1.0, limit / (norm + 1e-6))
+    if divides != 0:
+        factor = 1.0 / max(1.0, norm / limit)
+    return factor
+
+
+def lars_ratio(lr, w_norm, x_norm, h):
+    """(trust ratio, weight decay) of one tensor, by the axes in `MomentumHyper`.
+
+    x_norm: the norm of the gradient; where norm_of_sum, of gradient and decay; where POPULAR, of the update.
+    """
+    denominator = x_norm + h.eps
+    if h.norm_of_sum == 0:
+        denominator = h.weight_decay * w_norm + denominator
+    empty = (w_norm == 0) or (x_norm == 0)
+    if h.zero_norm == BY_DENOMINATOR:
+        empty = (w_norm == 0) or (denominator == 0)
+    ratio = 0.0 * lr + 1.0
+    decay = h.weight_decay
+    if h.adapt != 0:
+        clip = h.trust_clip != 0
+        if empty:
+            if h.zero_norm == PLAIN:
+                decay = 0.0 * decay
+                clip = h.trust_clip > 1  # never; one type for the compiler
+        else:
+            ratio = min(h.trust_coefficient * w_norm / denominator, LARGEST_RATIO)
+        if clip:
+            # min(ratio / lr, 1), without 0 / 0.
+            ratio = ratio / lr if ratio < lr else 0.0 * lr + 1.0
+    return ratio, decay
+
+
+def lars_factors(lr, ratio, form):
+    """(inner, outer): what multiplies the decayed gradient as it enters the momentum, and what multiplies the update."""
+    inner = ratio
+    outer = lr
+    if form == SCALED:
+        inner = lr * ratio
+        outer = 0.0 * lr + 1.0
+    if form >= UNSCALED:
+        inner = 0.0 * lr + 1.0
+        outer = lr * ratio
+    return inner, outer
+
+
+def lamb_ratio(w_norm, u_norm, h):
+    """LAMB's trust ratio of one tensor; 1 where a norm is zero."""
+    ratio = 0.0 * w_norm + 1.0
+    if (h.adapt != 0) and (w_norm > 0) and (u_norm > 0):
+        ratio = min(max(w_norm, h.weight_low), h.weight_high) / u_norm
+        ratio = min(max(ratio, h.ratio_low), h.ratio_high)
+    return ratio
+
+
+def bias_factors(lr, correction1, correction2, kind):
+    """(of the first moment, of the root of the second, step size), from 1 - beta^n of both."""
+    first = 1.0 / correction1
+    root = 1.0 / tl.sqrt(correction2)
+    step = lr
+    if kind != 1:
+        if kind == 2:
+            step = lr * first / root
+        first = 0.0 * lr + 1.0
+        root = 0.0 * lr + 1.0
+    return first, root, step
+
+
 def on_device(formula: Callable[..., Any], **names: Any) -> Any:
     """A formula as a Triton device function: the same code, with `triton.language` for `tl`.
 
@@ -114,6 +256,6 @@ def on_device(formula: Callable[..., Any], **names: Any) -> Any:
     import triton
     import triton.language
 
-    bound = {k: triton.language.constexpr(v) if isinstance(v, int) else v for k, v in formula.__globals__.items()}
+    bound = {k: triton.language.constexpr(v) if isinstance(v, int | float) else v for k, v in formula.__globals__.items()}
     bound.update(names, tl=triton.language)
     return triton.jit(types.FunctionType(formula.__code__, bound, formula.__name__))

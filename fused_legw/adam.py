@@ -1,0 +1,162 @@
+"""Adam and AdamW, fused with their LEGW schedule."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from legw_kernels.scalars import AdamHyper
+
+from .checks import check_not_negative
+from .optimizer import FusedOptimizer
+from .rule import Group, Rule, Tensors, log, number, scaled
+from .schedule import LEGW
+
+
+class AdamRule(Rule):
+    """Adam's states and counts, and what its options mean."""
+
+    name = "adam"
+    states = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq")
+    counts = True
+
+    def check(self, group: Group) -> None:
+        if isinstance(group["lr"], Tensor) and group.get("foreach") and not group.get("capturable"):
+            raise ValueError("lr as a Tensor is not supported for capturable=False and foreach=True")
+        super().check(group)
+        check_not_negative("epsilon value", group["eps"])
+        betas = group["betas"]
+        for i, beta in enumerate(betas):
+            if not 0.0 <= beta < 1.0:
+                raise ValueError(f"Invalid beta parameter at index {i}: {beta}")
+        if not (all(isinstance(b, float) for b in betas) or all(isinstance(b, Tensor) for b in betas)):
+            raise ValueError("betas must be either both floats or both Tensors")
+        for i, beta in enumerate(betas):
+            if isinstance(beta, Tensor):
+                if group.get("foreach") and not group.get("capturable"):
+                    raise ValueError(
+                        f"betas[{i}] as a Tensor is not supported for capturable=False and foreach=True"
+                    )
+                if beta.numel() != 1:
+                    raise ValueError(f"Tensor betas[{i}] must be 1-element")
+
+    def used_states(self, group: Group) -> tuple[str, ...]:
+        return self.states if group.get("amsgrad") else self.states[:2]
+
+    def hyper(self, group: Group) -> AdamHyper:
+        return AdamHyper(
+            weight_decay=number(group["weight_decay"]),
+            beta1=number(group["betas"][0]),
+            beta2=number(group["betas"][1]),
+            log_beta1=log(group["betas"][0]),
+            log_beta2=log(group["betas"][1]),
+            eps=number(group["eps"]),
+            amsgrad=float(group.get("amsgrad", False)),
+            decoupled=float(group["decoupled_weight_decay"]),
+            sign=-1.0 if group["maximize"] else 1.0,
+        )
+
+    def aten(self, tensors: Tensors, lr: float, count: int, scale: float, group: Group) -> None:
+        step = torch._fused_adamw_ if group["decoupled_weight_decay"] else torch._fused_adam_
+        n = len(tensors.params)
+        step(
+            tensors.params,
+            scaled(tensors.grads, scale),
+            tensors.states[0],
+            tensors.states[1],
+            tensors.states[2],
+            list(torch.full((n,), float(count + 1)).unbind()) if n else [],
+            lr=lr,
+            beta1=float(group["betas"][0]),
+            beta2=float(group["betas"][1]),
+            weight_decay=float(group["weight_decay"]),
+            eps=float(group["eps"]),
+            amsgrad=bool(group["amsgrad"]),
+            maximize=bool(group["maximize"]),
+        )
+
+
+class Adam(FusedOptimizer):
+    """Drop-in for `torch.optim.Adam`: the same arguments, defaults and results, and `lr` may be a `LEGW` schedule.
+
+    For a parameter w with gradient g at its n-th update: m = beta1 * m + (1 - beta1) * g; v = beta2 * v +
+    (1 - beta2) * g^2; w -= lr / (1 - beta1^n) * m / (sqrt(v / (1 - beta2^n)) + eps), as torch has it (Kingma and Ba
+    2015, Algorithm 1). n counts the updates of that parameter.
+
+    Args:
+        params: parameters, named parameters, or param groups, each of which may set any of the options below.
+        lr: a number, a 1-element tensor (driven by torch's LR schedulers as usual), or a `LEGW` schedule.
+        betas, eps, weight_decay, amsgrad, maximize, decoupled_weight_decay: as in torch.optim.Adam.
+        max_grad_norm, skip_nonfinite, backend, flatten, master_weights, tile: as in every `FusedOptimizer`.
+        foreach, fused, capturable: accepted and ignored, but not both of the first. differentiable: must be False.
+
+    Raises:
+        ValueError, TypeError: naming the argument or parameter and its value, before anything has changed.
+
+    >>> import torch
+    >>> from fused_legw import Adam
+    >>> w = torch.ones(3, requires_grad=True)
+    >>> w.grad = torch.ones(3)
+    >>> optimizer = Adam([w], lr=0.25)
+    >>> optimizer.step()
+    >>> [round(x, 4) for x in w.tolist()], optimizer.state[w]["step"]
+    ([0.75, 0.75, 0.75], tensor(1.))
+    """
+
+    _rule = AdamRule()
+
+    def __init__(
+        self,
+        params: Iterable[Any],
+        lr: float | Tensor | LEGW = 1e-3,
+        betas: tuple[float | Tensor, float | Tensor] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 0,
+        amsgrad: bool = False,
+        *,
+        foreach: bool | None = None,
+        maximize: bool = False,
+        capturable: bool = False,
+        differentiable: bool = False,
+        fused: bool | None = None,
+        decoupled_weight_decay: bool = False,
+        max_grad_norm: float | None = None,
+        **common: Any,
+    ) -> None:
+        defaults = dict(
+            lr=lr,
+            betas=betas,
+            eps=eps,
+            weight_decay=weight_decay,
+            amsgrad=amsgrad,
+            foreach=foreach,
+            maximize=maximize,
+            capturable=capturable,
+            differentiable=differentiable,
+            fused=fused,
+            decoupled_weight_decay=decoupled_weight_decay,
+            max_grad_norm=max_grad_norm,
+        )
+        super().__init__(params, defaults, **common)
+
+
+class AdamW(Adam):
+    """Drop-in for `torch.optim.AdamW`: `Adam` with w *= 1 - lr * weight_decay before the update, and not in g.
+
+    Arguments as in `Adam`, with torch.optim.AdamW's default weight_decay (Loshchilov and Hutter 2019).
+    """
+
+    def __init__(
+        self,
+        params: Iterable[Any],
+        lr: float | Tensor | LEGW = 1e-3,
+        betas: tuple[float | Tensor, float | Tensor] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 1e-2,
+        amsgrad: bool = False,
+        **options: Any,
+    ) -> None:
+        super().__init__(params, lr, betas, eps, weight_decay, amsgrad, **{"decoupled_weight_decay": True, **options})

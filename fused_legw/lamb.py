@@ -1,0 +1,154 @@
+"""LAMB (You et al. 2019) in the variants people mean, fused with its LEGW schedule."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from typing import Any
+
+from torch import Tensor
+
+from legw_kernels import scalars
+from legw_kernels.scalars import AdamHyper
+
+from . import variants
+from .adam import AdamRule
+from .optimizer import FusedOptimizer
+from .rule import Group, Tensors, norm, scaled
+from .schedule import LEGW
+
+_DIVIDING = ("author-tf", "apex", "timm")  # variants whose clipping is g / max(1, norm / c)
+
+
+class LAMBRule(AdamRule):
+    """Adam's, with a trust ratio."""
+
+    name = "lamb"
+    states = ("exp_avg", "exp_avg_sq")
+    adapts = two_stage = True
+
+    def check(self, group: Group) -> None:
+        variants.check(variants.LAMB, group, ("nothing", "no_decay"))
+        for name in ("weight_norm_clamp", "trust_clamp"):
+            clamp = group[name]
+            if clamp is not None and not (len(clamp) == 2 and 0 <= clamp[0] <= clamp[1]):
+                raise ValueError(f"{name} must be (low, high) with 0 <= low <= high, or None, got {clamp!r}")
+        axes = variants.axes(variants.LAMB, group)
+        super().check({**group, "eps": axes["eps"], "weight_decay": axes["weight_decay"]})
+
+    def complete(self, group: Group) -> None:
+        # External code, such as a weight-decay schedule, reads this as a number.
+        if group["weight_decay"] is None:
+            group["weight_decay"] = variants.LAMB[group["variant"]]["weight_decay"]
+
+    def hyper(self, group: Group) -> AdamHyper:
+        axes = variants.axes(variants.LAMB, group)
+        kind = axes["bias_correction"]
+        no_decay = axes["not_adapted"] == "no_decay" and not isinstance(group["weight_decay"], Tensor)
+        weight_low, weight_high = axes["weight_norm_clamp"] or (0.0, math.inf)
+        ratio_low, ratio_high = axes["trust_clamp"] or (0.0, math.inf)
+        return super().hyper({**group, **axes})._replace(
+            bias_correction=2.0 if kind == "step_size" else float(kind),
+            adapt=float(group["adapt"] and not (no_decay and axes["weight_decay"] == 0)),
+            weight_low=float(weight_low),
+            weight_high=min(float(weight_high), scalars.LARGEST_RATIO),
+            ratio_low=float(ratio_low),
+            ratio_high=min(float(ratio_high), scalars.LARGEST_RATIO),
+        )
+
+    def clip(self, group: Group) -> tuple[float, bool]:
+        limit = variants.axes(variants.LAMB, group)["max_grad_norm"]
+        return (math.inf if limit is None else float(limit)), group["variant"] in _DIVIDING
+
+    def aten(self, tensors: Tensors, lr: float, count: int, scale: float, group: Group) -> None:
+        h = self.hyper(group)
+        corrections = [scalars.one_minus_power(x, count + 1.0) for x in (h.log_beta1, h.log_beta2)]
+        first, root, step = scalars.bias_factors(lr, *corrections, h.bias_correction)
+        grads = scaled(tensors.grads, scale * h.sign)
+        for p, g, m, v in zip(tensors.params, grads, *tensors.states[:2], strict=True):
+            if h.weight_decay and not h.decoupled:
+                g = g.add(p, alpha=h.weight_decay)
+            m.mul_(h.beta1).add_(g, alpha=1 - h.beta1)
+            v.mul_(h.beta2).addcmul_(g, g, value=1 - h.beta2)
+            u = m.mul(first).div_(v.sqrt().mul_(root).add_(h.eps))
+            if h.weight_decay and h.decoupled:
+                u.add_(p, alpha=h.weight_decay)
+            w_norm = norm(p)
+            ratio = scalars.lamb_ratio(w_norm, norm(u), h)
+            p.sub_(u, alpha=step * ratio)
+            tensors.w_norms.append(w_norm)
+            tensors.ratios.append(ratio)
+
+
+class LAMB(FusedOptimizer):
+    """LAMB: Adam whose update of each tensor is scaled by a trust ratio.
+
+    The paper's: u = m' / (sqrt(v') + eps) + weight_decay * w with Adam's bias-corrected moments m' and v', which count
+    the updates of that tensor; w -= lr * |w| / |u| * u (You et al. 2019, arXiv 1904.00962, Algorithm 2). A zero norm
+    gives ratio 1. Norms are L2, in float32 or wider.
+
+    Args:
+        params: parameters, named parameters, or param groups, each of which may set any of the options below.
+        lr: a number, a 1-element tensor, or a `LEGW` schedule.
+        betas, maximize: as in torch.optim.Adam.
+        variant: whose LAMB: "paper", "author-tf", "apex", "timm", "deepspeed", "optax". It sets what follows, None
+            leaving each as the variant has it, and max_grad_norm: 1.0 for "author-tf", "apex" and "timm", which
+            divide gradients by max(1, norm / max_grad_norm); math.inf turns that off.
+        eps, weight_decay: 1e-6 and 0.01 in the paper.
+        bias_correction: True; False; or "step_size", DeepSpeed's: u of the raw moments, the LR corrected instead.
+        decoupled_weight_decay: False puts weight_decay * w into the gradient.
+        weight_norm_clamp, trust_clamp: (low, high) for |w| and for the ratio.
+        not_adapted: "nothing"; "no_decay": groups without weight decay get ratio 1.
+        adapt: False for ratio 1 in a group; its weight decay stays.
+        max_grad_norm, skip_nonfinite, backend, flatten, master_weights, tile: as in every `FusedOptimizer`.
+
+    Raises:
+        ValueError, TypeError: naming the argument or parameter and its value, before anything has changed.
+
+    >>> import torch
+    >>> from fused_legw import LAMB
+    >>> model = torch.nn.Linear(4, 2)
+    >>> optimizer = LAMB(model.parameters(), lr=1e-3, variant="apex")
+    >>> model(torch.ones(8, 4)).square().mean().backward()
+    >>> optimizer.step()
+    >>> len(optimizer.trust_ratios())
+    2
+    """
+
+    _rule = LAMBRule()
+
+    def __init__(
+        self,
+        params: Iterable[Any],
+        lr: float | Tensor | LEGW = 1e-3,
+        betas: tuple[float | Tensor, float | Tensor] = (0.9, 0.999),
+        eps: float | None = None,
+        weight_decay: float | None = None,
+        *,
+        variant: str = "paper",
+        bias_correction: bool | str | None = None,
+        decoupled_weight_decay: bool | None = None,
+        weight_norm_clamp: tuple[float, float] | None = None,
+        trust_clamp: tuple[float, float] | None = None,
+        not_adapted: str | None = None,
+        adapt: bool = True,
+        maximize: bool = False,
+        max_grad_norm: float | None = None,
+        **common: Any,
+    ) -> None:
+        defaults = dict(
+            lr=lr,
+            betas=betas,
+            eps=eps,
+            weight_decay=weight_decay,
+            variant=variant,
+            bias_correction=bias_correction,
+            decoupled_weight_decay=decoupled_weight_decay,
+            weight_norm_clamp=weight_norm_clamp,
+            trust_clamp=trust_clamp,
+            not_adapted=not_adapted,
+            adapt=adapt,
+            maximize=maximize,
+            max_grad_norm=max_grad_norm,
+        )
+        super().__init__(params, defaults, **common)

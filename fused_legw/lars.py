@@ -1,0 +1,179 @@
+"""LARS (You, Gitman, Ginsburg 2017) in the variants people mean, fused with its LEGW schedule."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from legw_kernels import scalars
+from legw_kernels.scalars import MomentumHyper
+
+from . import variants
+from .optimizer import FusedOptimizer
+from .rule import Group, Tensors, norm, scaled
+from .schedule import LEGW
+from .sgd import SGDRule
+
+_FORMS = {
+    "scaled": scalars.SCALED,
+    "corrected": scalars.TORCH,
+    "torch": scalars.TORCH,
+    "unscaled": scalars.UNSCALED,
+    "popular": scalars.POPULAR,
+}
+_ZERO_NORMS = {"one": scalars.ONE, "denominator": scalars.BY_DENOMINATOR, "plain": scalars.PLAIN}
+
+
+class LARSRule(SGDRule):
+    """SGD's, with a trust ratio."""
+
+    name = "lars"
+    adapts = True
+
+    def check(self, group: Group) -> None:
+        variants.check(variants.LARS, group, ("nothing", "no_decay", "vectors"))
+        super().check(group)
+        plain = group["variant"] in variants.PLAIN_MOMENTUM_ONLY
+        if plain and (group["nesterov"] or group["dampening"] != 0):
+            raise ValueError(
+                f"variant {group['variant']!r} defines neither nesterov nor dampening, got "
+                f"nesterov={group['nesterov']!r}, dampening={group['dampening']!r}"
+            )
+        for name in ("trust_coefficient", "eps"):
+            if group[name] is not None and not group[name] >= 0:
+                raise ValueError(f"{name} must be zero or more, got {group[name]!r}")
+
+    def hyper(self, group: Group) -> MomentumHyper:
+        axes = variants.axes(variants.LARS, group)
+        no_decay = axes["not_adapted"] == "no_decay" and not torch.is_tensor(group["weight_decay"])
+        return super().hyper(group)._replace(
+            trust_coefficient=float(axes["trust_coefficient"]),
+            eps=float(axes["eps"]),
+            form=_FORMS[axes["form"]],
+            norm_of_sum=float(axes["denominator"] == "norm_of_sum" or axes["form"] == "popular"),
+            trust_clip=float(axes["trust_clip"]),
+            zero_norm=_ZERO_NORMS[axes["zero_norm"]],
+            adapt=float(group["adapt"] and not (no_decay and group["weight_decay"] == 0)),
+        )
+
+    def exempt(self, group: Group, p: Tensor) -> bool:
+        return p.ndim <= 1 and variants.axes(variants.LARS, group)["not_adapted"] == "vectors"
+
+    def measures_clipped(self, group: Group) -> bool:
+        return bool(self.hyper(group).norm_of_sum)
+
+    def aten(self, tensors: Tensors, lr: float, count: int, scale: float, group: Group) -> None:
+        h = self.hyper(group)
+        momenta = tensors.states[0] or [None] * len(tensors.params)
+        grads = scaled(tensors.grads, scale * h.sign)
+        for i, (p, g, m) in enumerate(zip(tensors.params, grads, momenta, strict=True)):
+            own = h._replace(adapt=0.0, weight_decay=0.0) if tensors.exempt[i] else h
+            w_norm = norm(p)
+            x_norm = tensors.g_norms[i] * scale
+            if own.norm_of_sum:
+                x = g.add(p, alpha=own.weight_decay) if own.weight_decay else g
+                if own.form == scalars.POPULAR:
+                    x = _direction(x, None if m is None else m.clone(), own, count)
+                x_norm = norm(x)
+            ratio, decay = scalars.lars_ratio(lr, w_norm, x_norm, own)
+            inner, outer = scalars.lars_factors(lr, ratio, own.form)
+            d = (g.add(p, alpha=decay) if decay else g).mul(inner)
+            p.sub_(_direction(d, m, own, count), alpha=outer)
+            tensors.w_norms.append(w_norm)
+            tensors.ratios.append(ratio)
+
+
+def _direction(d: Tensor, m: Tensor | None, h: MomentumHyper, count: int) -> Tensor:
+    """The update of a decayed gradient d; m becomes the next momentum buffer."""
+    if m is None:
+        return d
+    if count == 0:
+        m.copy_(d)
+    else:
+        m.mul_(h.momentum).add_(d, alpha=1 - h.dampening)
+    return d.add(m, alpha=h.momentum) if h.nesterov else m
+
+
+class LARS(FusedOptimizer):
+    """LARS: momentum SGD whose update of each tensor w with gradient g is scaled by a trust ratio.
+
+    The paper's: ratio = trust_coefficient * |w| / (|g| + weight_decay * |w|); v = momentum * v + lr * ratio *
+    (g + weight_decay * w); w -= v (You, Gitman, Ginsburg 2017, arXiv 1708.03888, Algorithm 1). The first update of a
+    tensor sets v to the term itself, as in torch.optim.SGD. Norms are L2, in float32 or wider.
+
+    Args:
+        params: parameters, named parameters, or param groups, each of which may set any of the options below.
+        lr: a number, a 1-element tensor, or a `LEGW` schedule.
+        momentum, weight_decay, dampening, nesterov, maximize: as in torch.optim.SGD.
+        variant: whose LARS: "paper", "tensorflow", "simclr", "simclr-popular", "nvidia", "apex-larc", "rocm",
+            "torchlars", "timm", "bolts", "moco", "optax". It sets the axes below; None leaves one as the variant has it.
+        trust_coefficient, eps: in the formula, eps added to the denominator.
+        form: where the LR enters. "scaled": as above. "torch": v = momentum * v + ratio * d; w -= lr * v. "corrected":
+            NVIDIA's, equal to "torch" at every schedule. "unscaled": v = momentum * v + d; w -= lr * ratio * v.
+            "popular": that, with the ratio trust_coefficient * |w| / |update|.
+        denominator: "sum_of_norms", |g| + weight_decay * |w|, or "norm_of_sum", |g + weight_decay * w|.
+        trust_clip: the ratio becomes min(ratio / lr, 1).
+        not_adapted: "nothing"; "no_decay": groups without weight decay get ratio 1; "vectors": tensors of one dimension
+            or none get ratio 1 and no decay.
+        zero_norm: where a norm is 0, "one": ratio 1. "denominator": that, but by the formula if only g is 0 and the
+            denominator is not. "plain": ratio 1, no clip and no decay.
+        adapt: False for ratio 1 in a group; its weight decay stays.
+        max_grad_norm, skip_nonfinite, backend, flatten, master_weights, tile: as in every `FusedOptimizer`.
+
+    Raises:
+        ValueError, TypeError: naming the argument or parameter and its value, before anything has changed.
+
+    >>> import torch
+    >>> from fused_legw import LARS
+    >>> model = torch.nn.Linear(4, 2)
+    >>> optimizer = LARS(model.parameters(), lr=1.0, weight_decay=1e-4, variant="timm")
+    >>> model(torch.ones(8, 4)).square().mean().backward()
+    >>> optimizer.step()
+    """
+
+    _rule = LARSRule()
+
+    def __init__(
+        self,
+        params: Iterable[Any],
+        lr: float | Tensor | LEGW,
+        momentum: float = 0.9,
+        weight_decay: float = 0,
+        dampening: float = 0,
+        nesterov: bool = False,
+        *,
+        variant: str = "paper",
+        trust_coefficient: float | None = None,
+        eps: float | None = None,
+        form: str | None = None,
+        denominator: str | None = None,
+        trust_clip: bool | None = None,
+        not_adapted: str | None = None,
+        zero_norm: str | None = None,
+        adapt: bool = True,
+        maximize: bool = False,
+        max_grad_norm: float | None = None,
+        **common: Any,
+    ) -> None:
+        defaults = dict(
+            lr=lr,
+            momentum=momentum,
+            weight_decay=weight_decay,
+            dampening=dampening,
+            nesterov=nesterov,
+            variant=variant,
+            trust_coefficient=trust_coefficient,
+            eps=eps,
+            form=form,
+            denominator=denominator,
+            trust_clip=trust_clip,
+            not_adapted=not_adapted,
+            zero_norm=zero_norm,
+            adapt=adapt,
+            maximize=maximize,
+            max_grad_norm=max_grad_norm,
+        )
+        super().__init__(params, defaults, **common)
