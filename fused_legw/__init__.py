@@ -2,7 +2,10 @@
 
 from . import reference
 from .adam import Adam, AdamW
+from .amp import GradScaler
 from .decays import Constant, Cosine, Exponential, MultiStep, Polynomial
+from .follow import FollowSchedule
+from .grouping import param_groups
 from .lamb import LAMB
 from .lars import LARS
 from .schedule import LEGW
@@ -20,8 +23,11 @@ __all__ = [
     "Constant",
     "Cosine",
     "Exponential",
+    "FollowSchedule",
+    "GradScaler",
     "MultiStep",
     "Polynomial",
+    "param_groups",
     "reference",
     "verify",
 ]

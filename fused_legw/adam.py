@@ -37,9 +37,7 @@ class AdamRule(Rule):
         for i, beta in enumerate(betas):
             if isinstance(beta, Tensor):
                 if group.get("foreach") and not group.get("capturable"):
-                    raise ValueError(
-                        f"betas[{i}] as a Tensor is not supported for capturable=False and foreach=True"
-                    )
+                    raise ValueError(f"betas[{i}] as a Tensor is not supported for capturable=False and foreach=True")
                 if beta.numel() != 1:
                     raise ValueError(f"Tensor betas[{i}] must be 1-element")
 

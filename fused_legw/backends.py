@@ -277,7 +277,9 @@ class AtenBackend:
         t, own = int(self.counts[0]), 0
         factors = [control.inverse_scale] * len(groups)
         if control.clips:
-            factors = [f * scalars.clip_factor(self._norm, *self._rule.clip(g)) for f, g in zip(factors, groups, strict=True)]
+            factors = [
+                f * scalars.clip_factor(self._norm, *self._rule.clip(g)) for f, g in zip(factors, groups, strict=True)
+            ]
         for bucket, some in zip(self.buckets, self._gradients, strict=True):
             alike: dict[tuple[int, int], list[int]] = {}  # (group, earlier updates) -> segments
             for i, (segment, g, count) in enumerate(zip(bucket.segments, some, bucket.exact_steps(), strict=True)):
@@ -295,7 +297,9 @@ class AtenBackend:
     ) -> None:  # fmt: skip
         params = [bucket.segments[i].param for i in chosen]
         used = self._rule.used_states(group)
-        states = [[bucket.segments[i].state[name] for i in chosen] if name in used else [] for name in self._rule.states]
+        states = [
+            [bucket.segments[i].state[name] for i in chosen] if name in used else [] for name in self._rule.states
+        ]
         compute = compute_dtype(bucket.dtype)
         weights: list[Tensor] = params
         if bucket.dtype != compute:

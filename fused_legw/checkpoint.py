@@ -46,7 +46,14 @@ def pack(optimizer: FusedOptimizer, state_dict: StateDict) -> StateDict:
         {**group, "schedule": group["schedule"] and group["schedule"].to_dict(), "steps_applied": steps_applied}
         for group in state_dict["param_groups"]
     ]
-    state = {key: own_storages(values) for key, values in state_dict["state"].items()}
+    # State of a tensor that no step has updated yet, because its first was skipped on the device, is none.
+    fresh = optimizer._layout.fresh(asked=False) if optimizer._layout else set()
+    params = [p for group in optimizer.param_groups for p in group["params"]]
+    state = {
+        key: own_storages(values)
+        for key, values in state_dict["state"].items()
+        if not isinstance(key, int) or params[key] not in fresh
+    }
     return {**state_dict, "state": state, "param_groups": groups}
 
 

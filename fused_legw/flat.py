@@ -28,6 +28,7 @@ class Segment:
     place: tuple[object, ...] = ()  # where the parameter was when adopted: see `place_of`
     state: dict[str, Tensor] = field(default_factory=dict)  # live views with the parameter's shape and strides
     shown: set[str] = field(default_factory=set)  # names of those that optimizer.state holds
+    asked: bool = False  # whether someone made a step at LR 0 in order to have it
 
     @property
     def moved(self) -> bool:

@@ -10,6 +10,8 @@ from torch import nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.parameter import UninitializedParameter
 
+from .decays import number
+
 # _NormBase is that of every BatchNorm and InstanceNorm, lazy and synchronised ones included.
 NORMALISATIONS = (_NormBase, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm)
 EMBEDDINGS = (nn.Embedding, nn.EmbeddingBag)
@@ -26,9 +28,9 @@ class Placement(NamedTuple):
 
 
 class ParamGroups(list[dict[str, Any]]):
-    """A list of param groups that knows what went where: `placements`, one per parameter, and as a table `print(groups)`.
+    """A list of param groups that knows what went where: its `placements`, one per parameter, are what it prints.
 
-    The table tells what `param_groups` did; it does not follow later changes of the list.
+    They tell what `param_groups` did, and do not follow later changes of the list.
     """
 
     placements: tuple[Placement, ...] = ()
@@ -42,7 +44,7 @@ class ParamGroups(list[dict[str, Any]]):
             if chosen:
                 what = "plain (no decay, no adaptation)" if kind == PLAIN else kind
                 lines.append(f"{what}: {len(chosen)} tensor{'s' if len(chosen) > 1 else ''}")
-                lines += [f"  {name:{names}}  {str(shape):{shapes}}  {reason}" for name, shape, _, reason in chosen]
+                lines += [f"  {name:{names}}  {shape!s:{shapes}}  {reason}" for name, shape, _, reason in chosen]
         return "\n".join(lines)
 
 
@@ -90,8 +92,8 @@ def _by_rule(owned: _Owned, decay_embeddings: bool) -> tuple[str, str]:
 
 
 def _check(module: nn.Module, weight_decay: float | None, parameters: list[_Owned]) -> None:
-    if weight_decay is not None and not weight_decay >= 0:
-        raise ValueError(f"Invalid weight_decay value: {weight_decay}")
+    if weight_decay is not None:
+        number("weight_decay", weight_decay, zero=True)
     if not parameters:
         raise ValueError(f"module has no parameters: {type(module).__name__}")
     for p, names, _ in parameters:

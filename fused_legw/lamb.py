@@ -47,13 +47,17 @@ class LAMBRule(AdamRule):
         no_decay = axes["not_adapted"] == "no_decay" and not isinstance(group["weight_decay"], Tensor)
         weight_low, weight_high = axes["weight_norm_clamp"] or (0.0, math.inf)
         ratio_low, ratio_high = axes["trust_clamp"] or (0.0, math.inf)
-        return super().hyper({**group, **axes})._replace(
-            bias_correction=2.0 if kind == "step_size" else float(kind),
-            adapt=float(group["adapt"] and not (no_decay and axes["weight_decay"] == 0)),
-            weight_low=float(weight_low),
-            weight_high=min(float(weight_high), scalars.LARGEST_RATIO),
-            ratio_low=float(ratio_low),
-            ratio_high=min(float(ratio_high), scalars.LARGEST_RATIO),
+        return (
+            super()
+            .hyper({**group, **axes})
+            ._replace(
+                bias_correction=2.0 if kind == "step_size" else float(kind),
+                adapt=float(group["adapt"] and not (no_decay and axes["weight_decay"] == 0)),
+                weight_low=float(weight_low),
+                weight_high=min(float(weight_high), scalars.LARGEST_RATIO),
+                ratio_low=float(ratio_low),
+                ratio_high=min(float(ratio_high), scalars.LARGEST_RATIO),
+            )
         )
 
     def clip(self, group: Group) -> tuple[float, bool]:

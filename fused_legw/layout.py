@@ -131,6 +131,15 @@ class Layout:
             if not _state_changed(segment, state)
         }
 
+    def fresh(self, *, asked: bool = True) -> set[Tensor]:
+        """Parameters with state that no step has updated yet; without those whose state was asked for, if not asked."""
+        return {
+            segment.param
+            for bucket in self.buckets
+            for segment, count in zip(bucket.segments, bucket.exact_steps(), strict=True)
+            if count == 0 and self._rule.used_states(self._groups[segment.group]) and (asked or not segment.asked)
+        }
+
     def stale(self, groups: list[Group], state: State) -> bool:
         """Whether anything is not what or where it was. Every step asks, so this allocates next to nothing."""
         if groups is not self._groups or state is not self._state or len(groups) != len(self._built_for):
@@ -153,6 +162,7 @@ class Layout:
                 names = used[segment.group]
                 if len(segment.shown) < len(segment.state) or not segment.shown.issuperset(names):
                     self._show(bucket, segment, names)
+                segment.asked |= segment.group in frozen
                 gradient = None if segment.group in frozen else flat.in_layout_of(segment.param, gradient)
             gradients.append(gradient)
         return gradients

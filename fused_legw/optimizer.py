@@ -46,6 +46,7 @@ class FusedOptimizer(torch.optim.Optimizer):
 
     _rule: Rule
     _step_supports_amp_scaling = True
+    _finds_nonfinite = False  # set by our GradScaler for one step
 
     def __init__(
         self,
@@ -219,14 +220,22 @@ class FusedOptimizer(torch.optim.Optimizer):
             self._host_steps = self.steps_applied if layout.counts_on_host else self._host_steps + 1
             self._show_lr()
 
-    def _control(self, *, skips: bool = False) -> Control:
-        """skips: whether this step is to look for gradients that are not finite whatever `skip_nonfinite` says."""
+    def _control(self) -> Control:
         return Control(
             clips=any(self._rule.clip(group)[0] < math.inf for group in self.param_groups),
-            skips=self.skip_nonfinite or skips or getattr(self, "_finds_inf", False),
+            skips=self.skip_nonfinite or self._finds_nonfinite,
             grad_scale=getattr(self, "grad_scale", None),
-            found_inf=getattr(self, "found_inf", None),
+            found_inf=None if self._finds_nonfinite else getattr(self, "found_inf", None),
         )
+
+    def _find_nonfinite(self) -> dict[torch.device, Tensor]:
+        """Make the next step skip itself if a gradient is not finite; the tensors that will say so, by device."""
+        assert self._layout is not None
+        if self._layout.stale(self.param_groups, self.state):
+            self._layout.refuse_under_capture("a parameter, its state or a schedule was replaced")
+            self._adopt()
+        self._finds_nonfinite = True
+        return {device.device: device.nonfinite.zero_() for device in self._layout.devices}
 
     # What the last step found
 
@@ -304,7 +313,8 @@ class FusedOptimizer(torch.optim.Optimizer):
             hook.remove()
 
     def __getstate__(self) -> dict[str, Any]:
-        state = {p: checkpoint.own_storages(values) for p, values in self.state.items()}
+        fresh = self._layout.fresh() if self._layout else set()
+        state = {p: checkpoint.own_storages(values) for p, values in self.state.items() if p not in fresh}
         return {
             **super().__getstate__(),
             "state": state,

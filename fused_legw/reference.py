@@ -18,9 +18,7 @@ from torch import Tensor
 from . import variants
 from .schedule import LEGW
 
-LAYOUT = frozenset(
-    {"foreach", "fused", "differentiable", "capturable", "backend", "flatten", "master_weights", "tile"}
-)
+LAYOUT = frozenset({"foreach", "fused", "differentiable", "capturable", "backend", "flatten", "master_weights", "tile"})
 
 Group = dict[str, Any]
 
@@ -28,9 +26,7 @@ Group = dict[str, Any]
 class _Reference(torch.optim.Optimizer):
     """The step that all share: each group's LR at update t, global-norm clipping, and skipping."""
 
-    def __init__(
-        self, params: Iterable[Any], defaults: Group, *, skip_nonfinite: bool = False, **layout: Any
-    ) -> None:
+    def __init__(self, params: Iterable[Any], defaults: Group, *, skip_nonfinite: bool = False, **layout: Any) -> None:
         unknown = sorted(layout.keys() - LAYOUT)
         if unknown:
             raise TypeError(f"unexpected argument {unknown[0]!r}")
@@ -159,9 +155,7 @@ class LARS(SGD):
         else:
             p -= lr * ratio * self._momentum(p, d, group)
 
-    def _trust(
-        self, p: Tensor, g: Tensor, lr: float, decay: float, axes: Group, group: Group
-    ) -> tuple[float, float]:
+    def _trust(self, p: Tensor, g: Tensor, lr: float, decay: float, axes: Group, group: Group) -> tuple[float, float]:
         """(trust ratio, weight decay) of one tensor."""
         w_norm, x_norm = _norm(p), _norm(g)
         denominator = x_norm + decay * w_norm + axes["eps"]
@@ -268,9 +262,7 @@ class LAMB(Adam):
     ) -> None:
         own = ("bias_correction", "trust_clamp", "not_adapted", "weight_norm_clamp")
         axes = {name: options.pop(name, None) for name in own}
-        super().__init__(
-            params, lr, betas, eps, weight_decay, decoupled_weight_decay=decoupled_weight_decay, **options
-        )
+        super().__init__(params, lr, betas, eps, weight_decay, decoupled_weight_decay=decoupled_weight_decay, **options)
         for group in self.param_groups:
             for name, value in {**axes, "variant": variant, "adapt": adapt}.items():
                 group.setdefault(name, value)

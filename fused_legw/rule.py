@@ -86,7 +86,9 @@ class Tensors:
     g_norms: norms of the gradients without AMP's scale, empty where not taken. w_norms, ratios: to be filled.
     """
 
-    def __init__(self, params: list[Tensor], grads: list[Tensor], states: list[list[Tensor]], exempt: list[bool]) -> None:
+    def __init__(
+        self, params: list[Tensor], grads: list[Tensor], states: list[list[Tensor]], exempt: list[bool]
+    ) -> None:
         self.params, self.grads, self.states, self.exempt = params, grads, states, exempt
         self.w_norms: list[float] = []
         self.g_norms: list[float] = []

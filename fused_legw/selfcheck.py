@@ -65,7 +65,7 @@ def _check_here(backend: str, device: str, steps: int, jobs: Sequence[Job]) -> I
         cls, base_lr, options = CASES[case]
 
         def make(params: list[Any], cls: Any = cls, lr: float = base_lr, options: Any = options) -> FusedOptimizer:
-            optimizer: FusedOptimizer = cls(_groups(params, lr, steps), backend=backend, **tile, **options)
+            optimizer: FusedOptimizer = cls(_groups(params, lr, steps), lr=lr, backend=backend, **tile, **options)
             return optimizer
 
         result = verify(make, shapes, steps, dtype=DTYPES[dtype], device=device)

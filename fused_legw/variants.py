@@ -8,7 +8,13 @@ Axes = dict[str, Any]
 
 
 def _lars(
-    trust_coefficient: float, eps: float, denominator: str, form: str, trust_clip: bool, not_adapted: str, zero_norm: str
+    trust_coefficient: float,
+    eps: float,
+    denominator: str,
+    form: str,
+    trust_clip: bool,
+    not_adapted: str,
+    zero_norm: str,
 ) -> Axes:
     return dict(
         trust_coefficient=trust_coefficient,

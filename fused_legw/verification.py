@@ -93,7 +93,8 @@ def verify(
     the fused optimizer's param groups: hyper-parameters, learning rates and schedules.
 
     Tolerance, relative to each tensor's largest value: 1e-12 in float64. In the other dtypes at most twice the error
-    of the reference run in that dtype, and two units in the last place, because two correct orders of rounding differ.
+    of the reference run in float32, its parameters rounded to the dtype after each step, and two units in the last
+    place, because two correct orders of rounding differ.
 
     Args:
         make_optimizer: given the list of parameters, returns the fused optimizer of exactly those.
@@ -121,7 +122,7 @@ def verify(
     optimizer = make_optimizer(list(params))
     _check(optimizer, params)
     exact = _Twin(optimizer, params, torch.float64)
-    rounded = None if dtype == torch.float64 else _Twin(optimizer, params, dtype)
+    rounded = None if dtype == torch.float64 else _Twin(optimizer, params, torch.float32, stored=dtype)
 
     start, lr_error = optimizer.steps_applied, 0.0
     ours, theirs = _Errors(params, exact), _Errors(rounded.params, exact) if rounded else None
@@ -181,7 +182,15 @@ def _check(optimizer: object, params: list[nn.Parameter]) -> None:
 class _Twin:
     """The reference optimizer of a fused one's class and param groups, on copies of the parameters in one dtype."""
 
-    def __init__(self, optimizer: FusedOptimizer, params: list[nn.Parameter], dtype: torch.dtype) -> None:
+    def __init__(
+        self,
+        optimizer: FusedOptimizer,
+        params: list[nn.Parameter],
+        dtype: torch.dtype,
+        stored: torch.dtype | None = None,
+    ) -> None:
+        """stored: what the parameters are rounded to after each step."""
+        self._stored = stored
         self.params = [nn.Parameter(p.detach().to(dtype, copy=True)) for p in params]
         copies = dict(zip(map(id, params), self.params, strict=True))
         groups = []
@@ -198,6 +207,9 @@ class _Twin:
         for p, g in zip(self.params, gradients, strict=True):
             p.grad = None if g is None else g.to(p.dtype, copy=True)
         self.optimizer.step()
+        if self._stored is not None:
+            for p in self.params:
+                p.data.copy_(p.data.to(self._stored))
 
 
 def _twin_class(optimizer: FusedOptimizer) -> Any:

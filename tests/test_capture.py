@@ -37,13 +37,13 @@ def _recording(monkeypatch: pytest.MonkeyPatch) -> Iterator[_Recorded]:
         self._buffer.copy_(torch.tensor(values, dtype=self._buffer.dtype))
         graph.work.append(lambda: to.copy_(self._buffer))
 
-    step = launch.step
+    run = launch.launch
     with monkeypatch.context() as patch:
         patch.setattr(table, "capturing", lambda device: True)
         patch.setattr(layout, "capturing", lambda device: True)
         patch.setattr(backends, "capturing", lambda device: True)
         patch.setattr(table._Staging, "copy", upload)
-        patch.setattr(launch, "step", lambda *args, **arguments: graph.work.append(lambda: step(*args, **arguments)))
+        patch.setattr(launch, "launch", lambda *args, **constants: graph.work.append(lambda: run(*args, **constants)))
         yield graph
 
 

@@ -123,7 +123,7 @@ def test_a_group_added_later(backend, params):
 def test_another_optimizer_is_refused(params):
     with pytest.raises(TypeError, match=r"follows an optimizer of fused_legw, got torch.optim.sgd.SGD"):
         FollowSchedule(torch.optim.SGD(params))
-    with pytest.raises(TypeError, match="got builtins.NoneType"):
+    with pytest.raises(TypeError, match=r"got builtins\.NoneType"):
         FollowSchedule(None)
 
 

@@ -85,8 +85,9 @@ def test_a_string_is_one_pattern():
         (dict(decay=["*.pos_embed"]), r"^decay: the pattern '\*\.pos_embed' matches no parameter"),
         (dict(no_decay=["pos_embed", "POS_EMBED"]), "^no_decay: the pattern 'POS_EMBED' matches no parameter"),
         (dict(decay=["pos*"], no_decay=["*embed"]), r"^pos_embed is matched by both decay 'pos\*' and no_decay '\*em"),
-        (dict(weight_decay=-1), "Invalid weight_decay value: -1"),
-        (dict(weight_decay=float("nan")), "Invalid weight_decay value: nan"),
+        (dict(weight_decay=-1), "weight_decay must be a finite number, zero or more, got -1"),
+        (dict(weight_decay=float("nan")), "weight_decay must be a finite number, zero or more, got nan"),
+        (dict(weight_decay="*.bias"), r"weight_decay must be a finite number, zero or more, got '\*\.bias'"),
         (dict(module=nn.ReLU()), "module has no parameters: ReLU"),
         (dict(module=nn.Sequential(nn.LazyLinear(3))), "0.weight is uninitialized: run a forward pass"),
     ],
@@ -97,7 +98,7 @@ def test_errors(options, message):
 
 
 def test_what_is_no_module():
-    with pytest.raises(TypeError, match="module must be a torch.nn.Module, got generator"):
+    with pytest.raises(TypeError, match=r"module must be a torch\.nn\.Module, got generator"):
         param_groups(Block().parameters())
 
 
@@ -131,7 +132,7 @@ def test_frozen_parameters():
     assert left.placements[[p.name for p in left.placements].index("embed.weight")].kind == "left out"
     assert str(left).splitlines()[-2:] == [
         "left out: 1 tensor",
-        "  embed.weight                (11, 8)    requires_grad=False",
+        "  embed.weight               (11, 8)    requires_grad=False",
     ]
 
 

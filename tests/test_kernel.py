@@ -15,13 +15,18 @@ interpreted = pytest.mark.skipif(not INTERPRETED, reason="counts accesses in the
 
 
 @pytest.fixture
-def launches(monkeypatch) -> list[dict]:
-    """The arguments of every launch."""
+def launches(monkeypatch) -> list[tuple[str, dict]]:
+    """The kernel and the compile-time arguments of every launch."""
     from legw_kernels import launch
 
-    seen: list[dict] = []
-    step = launch.step
-    monkeypatch.setattr(launch, "step", lambda rule, **arguments: (seen.append(arguments), step(rule, **arguments)))
+    seen: list[tuple[str, dict]] = []
+    run = launch.launch
+
+    def record(kernel, work, jobs, *args, **constants):
+        seen.append((kernel.fn.__name__, constants))
+        run(kernel, work, jobs, *args, **constants)
+
+    monkeypatch.setattr(launch, "launch", record)
     return seen
 
 
@@ -53,7 +58,8 @@ def test_one_launch_for_each_pair_of_dtypes_and_one_count(triton_device, launche
             p.grad = torch.ones_like(p)
         optimizer.step()
         assert optimizer.steps_applied == step + 1
-    assert [(x["param_dtype"], x["advance"]) for x in launches] == 3 * [(torch.float32, False), (torch.bfloat16, True)]
+    dtypes = [(str(x["PARAM"]), x["LAST"]) for _, x in launches]
+    assert dtypes == 3 * [("fp32", False), ("bf16", True)]
     assert optimizer.get_last_lr() == [legw()(2)]
 
 
@@ -152,7 +158,7 @@ def test_counts_and_ticket(triton_device):
         optimizer.step()
     (bucket,), (device,) = optimizer._layout.buckets, optimizer._layout.devices
     assert bucket.steps.tolist() == times
-    assert device.counts.item() == 6
+    assert device.counts.tolist() == [6, 0]
     assert [ticket.item() for _, ticket in device._segment_tables.values()] == [0]
 
 
@@ -165,7 +171,7 @@ def test_twenty_scheduled_steps_compile_once(triton_device):
     optimizer = SGD([p], lr=legw(Cosine()), momentum=0.9)
     p.grad = torch.ones_like(p)
     optimizer.step()
-    cache = skeleton.step_kernel.device_caches[torch.cuda.current_device()][0]
+    cache = skeleton.update_kernel.device_caches[torch.cuda.current_device()][0]
     before = len(cache)
     for _ in range(20):
         optimizer.step()
@@ -199,6 +205,8 @@ def test_recipe_columns_match_the_skeleton():
     from legw_kernels import launch, skeleton
 
     assert len(scalars.Recipe()) == skeleton.LR_ADDRESS.value
-    row = launch.group_row(scalars.Recipe(), None, (0, 0), True, (0, 0, 0, 0, 1))
-    assert len(row) == skeleton.GROUP_WIDTH.value
-    assert len(launch.segment_row(torch.zeros(1), None, 0, 0)) == skeleton.SEGMENT_WIDTH.value
+    for hyper in (scalars.MomentumHyper(), scalars.AdamHyper()):
+        row = launch.group_row(scalars.Recipe(), None, (0, 0), 1, (1.0, False), hyper)
+        assert len(row) == skeleton.GROUP_WIDTH.value
+        assert tuple(row[skeleton.HYPER.value :][: len(hyper)]) == hyper
+    assert len(launch.segment_row(torch.zeros(1), 0, 0, 0, False)) == skeleton.SEGMENT_WIDTH.value

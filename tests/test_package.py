@@ -23,7 +23,7 @@ PACKAGE = [
     {"layout"},
     {"checkpoint"},
     {"optimizer"},
-    {"sgd", "adam", "digits", "demo_results"},
+    {"sgd", "adam", "follow", "amp", "grouping", "digits", "demo_results"},
     {"lars", "lamb"},
     {"verification"},
     {"selfcheck", "demo"},

@@ -131,7 +131,7 @@ def test_scheduled_steps_follow_the_schedule_and_compile_once(triton_device):
         total += schedule(t)
         assert optimizer.get_last_lr() == [schedule(t)]
         assert p.item() == pytest.approx(total, rel=1e-12), t
-        caches = getattr(skeleton.step_kernel, "device_caches", {})  # the interpreter has none
+        caches = getattr(skeleton.update_kernel, "device_caches", {})  # the interpreter has none
         compiled.append([len(cache[0]) for cache in caches.values()])
     assert compiled == compiled[:1] * 20
 

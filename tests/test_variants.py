@@ -6,6 +6,7 @@ import functools
 import itertools
 import math
 import re
+from collections.abc import Callable
 from typing import NamedTuple
 
 import oracles as o
@@ -32,12 +33,14 @@ class Row(NamedTuple):
     told: dict | None = None
     both: dict = WD
     shapes: tuple = (MATRIX,)
+    float32: Callable[..., o.Oracle] | None = None  # whose rounding ours is held to, if not `oracle`'s
 
     def options(self) -> dict:
         return dict(variant=self.variant) | self.both | self.ours
 
-    def make_oracle(self) -> o.Oracle:
-        return self.oracle(**self.both | (self.ours if self.told is None else self.told))
+    def make_oracle(self, dtype: torch.dtype) -> o.Oracle:
+        make = self.float32 if self.float32 and dtype == torch.float32 else self.oracle
+        return make(**self.both | (self.ours if self.told is None else self.told))
 
 
 plain = functools.partial(Row, shapes=(MATRIX, ZEROS, VECTOR))
@@ -47,7 +50,9 @@ LARS_ROWS = [
     plain(o.TensorFlowLARS, "tensorflow"),
     plain(o.SimCLRLARS, "simclr"),
     plain(o.SimCLRLARS, "simclr-popular", told=dict(classic_momentum=False)),
-    plain(o.NvidiaLARS, "nvidia"),
+    # Ours keeps the buffer without the LR, which is equal. Theirs multiplies by 0.9 * lr / last_lr, whose rounding
+    # averages out; 0.9 in float32 is always off by the same 3e-8, here and in every other variant.
+    plain(o.NvidiaLARS, "nvidia", float32=functools.partial(o.TorchLARS, eps=0.0)),
     plain(o.ApexLARC, "apex-larc"),
     plain(o.RocmLARS, "rocm"),
     plain(o.TorchLARS, "torchlars"),
@@ -137,7 +142,6 @@ LAMB_OPTIONS = [
 VARIANTS = {LARS: sorted({row.variant for row in LARS_ROWS}), LAMB: sorted({row.variant for row in LAMB_ROWS})}
 ROWS = {LARS: LARS_ROWS, LAMB: LAMB_ROWS}
 OPTIONS = {LARS: LARS_OPTIONS, LAMB: LAMB_OPTIONS}
-TWINS = {LARS: reference.LARS, LAMB: reference.LAMB}
 both_classes = pytest.mark.parametrize("cls", [LARS, LAMB])
 
 
@@ -164,7 +168,7 @@ def gradients(step: int, params: list[Tensor]) -> list[Tensor | None]:
 @torch.no_grad()
 def run(cls: type, rows: list[Row], params: list[Tensor], copies: list[list[Tensor]], steps: int, **options) -> None:
     """One optimizer with a group a row over `params`, and every row's oracle over its part of each of the copies."""
-    base_lr = 0.02 if cls in (LAMB, reference.LAMB) else 0.5
+    base_lr = {"LARS": 0.5, "LAMB": 0.02}[cls.__name__]
     ends = [0, *itertools.accumulate(len(row.shapes) for row in rows)]
     parts = [slice(a, b) for a, b in itertools.pairwise(ends)]
     schedules = [legw(DECAYS[i % len(DECAYS)], base_lr=base_lr) for i in range(len(rows))]
@@ -173,7 +177,7 @@ def run(cls: type, rows: list[Row], params: list[Tensor], copies: list[list[Tens
         for row, part, schedule in zip(rows, parts, schedules, strict=True)
     ]
     optimizer = cls(groups, lr=1.0, **options)
-    oracles = [[row.make_oracle() for row in rows] for _ in copies]
+    oracles = [[row.make_oracle(tensors[0].dtype) for row in rows] for tensors in copies]
     for step in range(steps):
         grads = gradients(step, params)
         for p, g in zip(params, grads, strict=True):
@@ -230,12 +234,12 @@ def test_the_reference(cls):
     rows = ROWS[cls] + OPTIONS[cls]
     params = start(rows, SMALL, torch.float64, "cpu")
     exact = copies_of(params, torch.float64)
-    run(TWINS[cls], rows, params, [exact], 200)
+    run(getattr(reference, cls.__name__), rows, params, [exact], 200)
     assert_equal(rows, params, exact, 1e-10)
 
 
 def step_once(params: list[Tensor], grads: list[Tensor], cls: type, **options) -> torch.optim.Optimizer:
-    optimizer = cls(params, lr=0.1, **dict(weight_decay=0.05, tile=16) | options)
+    optimizer = cls(params, **dict(lr=0.1, weight_decay=0.05, tile=16) | options)
     for p, g in zip(params, grads, strict=True):
         p.grad = g
     optimizer.step()
@@ -278,10 +282,10 @@ def test_norms_far_apart_side_by_side(backend, device, cls):
 @both_classes
 def test_a_norm_beyond_float16(backend, device, cls):
     p = torch.full((70_000,), 300.0, dtype=torch.float16, device=device, requires_grad=True)
-    optimizer = step_once([p], [p.detach().clone()], cls, backend=backend, tile=1024)
+    optimizer = step_once([p], [p.detach().clone()], cls, lr=10.0, backend=backend, tile=1024)
     assert numbers(optimizer.param_norms(), [p]) == pytest.approx([300 * 70_000**0.5], rel=1e-6)
     assert numbers(optimizer.grad_norms(), [p]) == pytest.approx([300 * 70_000**0.5], rel=1e-6)
-    assert p.isfinite().all() and (p < 300).any()
+    assert p.isfinite().all() and (p < 300).all()
 
 
 @pytest.mark.parametrize(("cls", "variant"), [(LARS, "paper"), (LAMB, "paper"), (LAMB, "apex")])

@@ -65,9 +65,7 @@ _AdamScalars = tl.constexpr(_Adam)
 
 
 @triton.jit
-def sgd_prepare(
-    hyper, lr, count, scale, exempt, g_norm, w_norm, x_norm, COMPUTE: tl.constexpr
-):
+def sgd_prepare(hyper, lr, count, scale, exempt, g_norm, w_norm, x_norm, COMPUTE: tl.constexpr):
     one = (lr * 0 + 1).to(COMPUTE)
     return _MomentumScalars(
         scale * tl.load(hyper + 4).to(COMPUTE),
@@ -85,9 +83,7 @@ def sgd_prepare(
 
 
 @triton.jit
-def lars_prepare(
-    hyper, lr, count, scale, exempt, g_norm, w_norm, x_norm, COMPUTE: tl.constexpr
-):
+def lars_prepare(hyper, lr, count, scale, exempt, g_norm, w_norm, x_norm, COMPUTE: tl.constexpr):
     h = _MomentumHyper(
         tl.load(hyper).to(COMPUTE),
         tl.load(hyper + 1).to(COMPUTE),
@@ -185,16 +181,12 @@ def _adam_prepare(hyper, lr, count, scale, ratio, COMPUTE: tl.constexpr):
 
 
 @triton.jit
-def adam_prepare(
-    hyper, lr, count, scale, exempt, g_norm, w_norm, x_norm, COMPUTE: tl.constexpr
-):
+def adam_prepare(hyper, lr, count, scale, exempt, g_norm, w_norm, x_norm, COMPUTE: tl.constexpr):
     return _adam_prepare(hyper, lr, count, scale, (lr * 0 + 1).to(COMPUTE), COMPUTE)
 
 
 @triton.jit
-def lamb_prepare(
-    hyper, lr, count, scale, exempt, g_norm, w_norm, x_norm, COMPUTE: tl.constexpr
-):
+def lamb_prepare(hyper, lr, count, scale, exempt, g_norm, w_norm, x_norm, COMPUTE: tl.constexpr):
     zero = 0 * w_norm
     h = _AdamHyper(
         zero, zero, zero, zero, zero, zero, zero, zero, zero, zero,

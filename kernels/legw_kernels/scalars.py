@@ -256,6 +256,8 @@ def on_device(formula: Callable[..., Any], **names: Any) -> Any:
     import triton
     import triton.language
 
-    bound = {k: triton.language.constexpr(v) if isinstance(v, int | float) else v for k, v in formula.__globals__.items()}
+    bound = {
+        k: triton.language.constexpr(v) if isinstance(v, int | float) else v for k, v in formula.__globals__.items()
+    }
     bound.update(names, tl=triton.language)
     return triton.jit(types.FunctionType(formula.__code__, bound, formula.__name__))

@@ -179,7 +179,7 @@ def begin(norms, n_norms, grad_scale, found_inf, GLOBAL: tl.constexpr, SKIP: tl.
 @triton.jit
 def _narrow(x, COMPUTE: tl.constexpr):
     """A float64 norm in the compute dtype, never infinite for being large."""
-    if COMPUTE == tl.float32:
+    if tl.float32 == COMPUTE:
         x = tl.where(x > 1e38, 1e38, x)
     return x.to(COMPUTE)
 
