@@ -20,7 +20,7 @@ class AdamRule(Rule):
     """Adam's states and counts, and what its options mean."""
 
     name = "adam"
-    states = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq")
+    states: tuple[str, ...] = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq")
     counts = True
 
     def check(self, group: Group) -> None:

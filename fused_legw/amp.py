@@ -14,7 +14,7 @@ class GradScaler(torch.amp.GradScaler):
 
     A fused optimizer's step divides by the scale as it updates. torch's scaler still reads and writes every gradient
     before that, to look for values that are not finite; this one lets the step look, in the pass that also takes the
-    norms for clipping, LARS and LAMB. After an explicit `unscale_`, and with other optimizers, it does what torch's does.
+    norms for clipping, LARS and LAMB. After an explicit `unscale_`, and with other optimizers, it is torch's.
 
     >>> import torch
     >>> from fused_legw import SGD, GradScaler
@@ -27,9 +27,9 @@ class GradScaler(torch.amp.GradScaler):
     [0.5, 0.5, 0.5]
     """
 
-    def _check_inf_per_device(self, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+    def _check_inf_per_device(self, optimizer: torch.optim.Optimizer) -> Any:
         if not isinstance(optimizer, FusedOptimizer):
-            return super()._check_inf_per_device(optimizer)  # type: ignore[no-any-return]
+            return super()._check_inf_per_device(optimizer)
         found = optimizer._find_nonfinite()
         self._per_optimizer_states[id(optimizer)]["found_inf_per_device"] = found
         return found

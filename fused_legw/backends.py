@@ -59,7 +59,7 @@ def explain_backend(device: torch.device, wanted: str | None = None) -> tuple[st
 
 
 class TritonBackend:
-    """A launch per (parameter dtype, gradient dtype), or a few with norms; LR, norms and all counts stay on the device."""
+    """A launch per (parameter dtype, gradient dtype), more with norms; LR, norms and all counts stay on the device."""
 
     name = "triton"
 
@@ -156,7 +156,9 @@ class TritonBackend:
     def global_norm(self) -> Tensor:
         """Of this device's gradients, float64, on the device."""
         assert self.norms is not None
-        return torch.linalg.vector_norm(self.norms[0, : sum(len(bucket.segments) for bucket in self.buckets)])
+        own = sum(len(bucket.segments) for bucket in self.buckets)
+        norm: Tensor = torch.linalg.vector_norm(self.norms[0, :own])
+        return norm
 
     def take_norms(self, others: Sequence[Tensor]) -> None:
         """The global norms of the other devices."""
@@ -206,11 +208,11 @@ class TritonBackend:
             else:
                 recipe = Recipe(FIXED, float(lr))
             used, hyper = self._rule.used_states(group), list[float]()
+            x: Tensor | float
             for x in self._rule.hyper(group):
                 if isinstance(x, Tensor):
                     on_device.append((len(rows) + launch.HYPER + len(hyper), x))
-                    x = 0.0
-                hyper.append(x)
+                hyper.append(0.0 if isinstance(x, Tensor) else x)
             states = sum(1 << self._rule.states.index(name) for name in used)
             rows += launch.group_row(recipe, tensor, milestones, states, self._rule.clip(group), hyper)
         if self._group_table is None:

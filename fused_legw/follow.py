@@ -22,8 +22,7 @@ class FollowSchedule(LRScheduler):
     Raises TypeError for an optimizer that is not fused_legw's, whose LR it could not know.
 
     >>> import torch
-    >>> from fused_legw import LEGW, SGD
-    >>> from fused_legw.follow import FollowSchedule
+    >>> from fused_legw import LEGW, SGD, FollowSchedule
     >>> model = torch.nn.Linear(4, 2)
     >>> optimizer = SGD(model.parameters(), lr=LEGW(0.1, 16, 0.5, batch_size=512, dataset_size=1280))
     >>> scheduler = FollowSchedule(optimizer)

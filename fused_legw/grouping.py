@@ -133,7 +133,7 @@ def param_groups(
 
     >>> from torch import nn
     >>> from fused_legw import SGD
-    >>> from fused_legw.grouping import param_groups
+    >>> from fused_legw import param_groups
     >>> model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.Flatten(), nn.Linear(8, 2))
     >>> groups = param_groups(model, weight_decay=1e-4)
     >>> groups

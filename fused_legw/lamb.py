@@ -66,8 +66,8 @@ class LAMBRule(AdamRule):
 
     def aten(self, tensors: Tensors, lr: float, count: int, scale: float, group: Group) -> None:
         h = self.hyper(group)
-        corrections = [scalars.one_minus_power(x, count + 1.0) for x in (h.log_beta1, h.log_beta2)]
-        first, root, step = scalars.bias_factors(lr, *corrections, h.bias_correction)
+        correction1, correction2 = (scalars.one_minus_power(x, count + 1.0) for x in (h.log_beta1, h.log_beta2))
+        first, root, step = scalars.bias_factors(lr, correction1, correction2, h.bias_correction)
         grads = scaled(tensors.grads, scale * h.sign)
         for p, g, m, v in zip(tensors.params, grads, *tensors.states[:2], strict=True):
             if h.weight_decay and not h.decoupled:

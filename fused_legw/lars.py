@@ -71,7 +71,7 @@ class LARSRule(SGDRule):
 
     def aten(self, tensors: Tensors, lr: float, count: int, scale: float, group: Group) -> None:
         h = self.hyper(group)
-        momenta = tensors.states[0] or [None] * len(tensors.params)
+        momenta: list[Any] = tensors.states[0] or [None] * len(tensors.params)
         grads = scaled(tensors.grads, scale * h.sign)
         for i, (p, g, m) in enumerate(zip(tensors.params, grads, momenta, strict=True)):
             own = h._replace(adapt=0.0, weight_decay=0.0) if tensors.exempt[i] else h
@@ -113,7 +113,7 @@ class LARS(FusedOptimizer):
         lr: a number, a 1-element tensor, or a `LEGW` schedule.
         momentum, weight_decay, dampening, nesterov, maximize: as in torch.optim.SGD.
         variant: whose LARS: "paper", "tensorflow", "simclr", "simclr-popular", "nvidia", "apex-larc", "rocm",
-            "torchlars", "timm", "bolts", "moco", "optax". It sets the axes below; None leaves one as the variant has it.
+            "torchlars", "timm", "bolts", "moco", "optax". It sets the axes below; None leaves one as it is there.
         trust_coefficient, eps: in the formula, eps added to the denominator.
         form: where the LR enters. "scaled": as above. "torch": v = momentum * v + ratio * d; w -= lr * v. "corrected":
             NVIDIA's, equal to "torch" at every schedule. "unscaled": v = momentum * v + d; w -= lr * ratio * v.

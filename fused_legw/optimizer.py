@@ -36,10 +36,10 @@ class FusedOptimizer(torch.optim.Optimizer):
         tile: elements a Triton program updates at a time, a power of two; state is padded to it, per tensor.
 
     In a group that follows a schedule, `param_groups[i]["schedule"]` holds it and can be replaced; ["lr"] and
-    ["steps_applied"] show the LR of the last step and the updates that the host knows of, steps that a device skipped
-    included until `steps_applied` is read; an "lr_scale" in the group multiplies the schedule's LR. Writing to that "lr"
-    is an error at the next step, but for 0: then state is made for the group's tensors, which do not move, and if all
-    scheduled groups are so written the step does not count (torch.distributed.checkpoint does that, and writes back).
+    ["steps_applied"] show the LR of the last step and the updates that the host knows of, which on a GPU include
+    skipped ones; an "lr_scale" in the group multiplies the schedule's LR. Writing to that "lr" is an error at the next
+    step, but for 0: then state is made for the group's tensors, which do not move, and if all scheduled groups are so
+    written the step does not count (torch.distributed.checkpoint does that, and writes back).
 
     torch.amp.GradScaler hands its scale and inf check to `step` through the attributes grad_scale and found_inf.
     """
@@ -61,8 +61,6 @@ class FusedOptimizer(torch.optim.Optimizer):
     ) -> None:
         if not isinstance(tile, int) or tile < 16 or tile & (tile - 1):
             raise ValueError(f"tile must be a power of two, 16 or more, got {tile!r}")
-        if defaults.get("differentiable"):
-            raise ValueError("differentiable=True is not supported: the fused step is not recorded by autograd")
         self._rule.check(defaults)
         self._options: dict[str, Any] = dict(backend=backend, flatten=flatten, master_weights=master_weights, tile=tile)
         self.skip_nonfinite = skip_nonfinite
@@ -247,7 +245,7 @@ class FusedOptimizer(torch.optim.Optimizer):
         return found
 
     def grad_norms(self) -> dict[Tensor, Tensor]:
-        """Each parameter's gradient norm at the last step, before clipping and without AMP's scale; 0 where it had none.
+        """Each parameter's gradient norm at the last step, before clipping, without AMP's scale; 0 where it had none.
 
         float64 views on the device, which the next step overwrites. LARS and LAMB always take these norms, SGD, Adam
         and AdamW with max_grad_norm, skip_nonfinite or `GradScaler`. RuntimeError where no step has taken them.
@@ -261,16 +259,18 @@ class FusedOptimizer(torch.optim.Optimizer):
         return self._norms(1, "parameter norms")
 
     def trust_ratios(self) -> dict[Tensor, Tensor]:
-        """Each parameter's trust ratio at the last step it had a gradient in, of LARS and LAMB; otherwise as `grad_norms`."""
+        """Each parameter's last trust ratio, of LARS and LAMB; otherwise as `grad_norms`."""
         if not self._rule.adapts:
             raise RuntimeError(f"{type(self).__name__} has no trust ratios: LARS and LAMB do")
         return self._norms(3, "trust ratios")
 
     @property
     def grad_norm(self) -> Tensor:
-        """The gradients' global norm at the last step, as `grad_norms`: 0-dim, float64, on the first parameter's device."""
+        """The gradients' global norm at the last step: 0-dim, float64, on the first parameter's device."""
         norms = list(self.grad_norms().values())
-        return torch.linalg.vector_norm(torch.stack([norm.to(norms[0].device, non_blocking=True) for norm in norms]))
+        here = [norm.to(norms[0].device, non_blocking=True) for norm in norms]
+        total: Tensor = torch.linalg.vector_norm(torch.stack(here))
+        return total
 
     @property
     def steps_skipped(self) -> Tensor:

@@ -111,7 +111,8 @@ class SGD(_Reference):
             state["momentum_buffer"] = g.clone()
         else:
             state["momentum_buffer"] = momentum * state["momentum_buffer"] + (1 - group["dampening"]) * g
-        return g + momentum * state["momentum_buffer"] if group["nesterov"] else state["momentum_buffer"]
+        buffer: Tensor = state["momentum_buffer"]
+        return g + momentum * buffer if group["nesterov"] else buffer
 
 
 class LARS(SGD):
@@ -271,7 +272,7 @@ class LAMB(Adam):
         limit = variants.axes(variants.LAMB, group)["max_grad_norm"]
         if limit is None or group["variant"] not in ("author-tf", "apex", "timm"):
             return super()._clip(norm, group)
-        return 1.0 / max(1.0, norm / limit)
+        return float(1.0 / max(1.0, norm / limit))
 
     def _update(self, p: Tensor, g: Tensor, lr: float, group: Group) -> None:
         axes = variants.axes(variants.LAMB, group)

@@ -20,9 +20,9 @@ Hyper = scalars.MomentumHyper | scalars.AdamHyper
 class Rule:
     """An optimizer's state, and what its hyper-parameters mean to the kernels and to ATen.
 
-    name: the kernels' rule, in `legw_kernels.launch.RULES`. states: torch's names, in that rule's order. counts: whether
-    optimizer.state holds each parameter's "step". adapts: whether updates have a trust ratio. two_stage: whether that is
-    taken of an update that has no room for the gradient's global norm, which then takes a pass of its own.
+    name: the kernels' rule, in `legw_kernels.rules.RULES`. states: torch's names, in that rule's order. counts: whether
+    optimizer.state holds each parameter's "step". adapts: whether updates have a trust ratio. two_stage: whether the
+    states advance as that is measured, which a global norm must come before.
     """
 
     name: str
@@ -39,8 +39,12 @@ class Rule:
         if not isinstance(lr, LEGW):
             check_not_negative("learning rate", lr)
         check_not_negative("weight_decay value", group["weight_decay"])
+        if group.get("fused") and group.get("differentiable"):
+            raise RuntimeError("`fused` does not support `differentiable`")
         if group.get("fused") and group.get("foreach"):
             raise RuntimeError("`fused` and `foreach` cannot be `True` together.")
+        if group.get("differentiable"):
+            raise ValueError("differentiable=True is not supported: the fused step is not recorded by autograd")
         if limit is not None and not limit > 0:
             raise ValueError(f"max_grad_norm must be greater than 0, or None, got {limit!r}")
         scale = group.get("lr_scale", 1.0)

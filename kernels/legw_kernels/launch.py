@@ -26,28 +26,35 @@ DTYPES: dict[torch.dtype, Any] = {
 }
 
 
-def _registers(param_dtype: torch.dtype) -> int:
-    """The register limit: what the largest variant takes on sm_80."""
-    return 128 if param_dtype == torch.float64 else 80
+def _registers(param_dtype: torch.dtype, large: bool) -> int:
+    """The register limit: what the largest variant takes. So 6 programs fit on an SM, 5 large ones; in float64 3 and 2.
+
+    large: kernels that take norms, and rules of several states.
+    """
+    if param_dtype == torch.float64:
+        return 192 if large else 160
+    return 96 if large else 80
 
 
-def options(param_dtype: torch.dtype, *, amd: bool = torch.version.hip is not None) -> dict[str, Any]:
+def options(
+    param_dtype: torch.dtype, *, large: bool = False, amd: bool = torch.version.hip is not None
+) -> dict[str, Any]:
     """Compiler options.
 
     Fusing a * b + c into one rounding would save nothing in a kernel that waits for memory, and would make its bits
     depend on the target; Triton's default for it differs between versions. Told of a register limit, ptxas does not
     spill in order to stay below some smaller number.
     """
-    limit = {} if amd else {"maxnreg": _registers(param_dtype)}
+    limit = {} if amd else {"maxnreg": _registers(param_dtype, large)}
     return {"num_warps": WARPS, "enable_fp_fusion": False, **limit}
 
 
 @functools.cache
-def _most_programs(device: torch.device, param_dtype: torch.dtype) -> int:
+def _most_programs(device: torch.device, param_dtype: torch.dtype, large: bool) -> int:
     """As many as are resident at once, so that equal shares end together; a handful in the interpreter."""
     if device.type != "cuda":
         return 4
-    resident = 65536 // (32 * WARPS * _registers(param_dtype))
+    resident = 65536 // (32 * WARPS * _registers(param_dtype, large))
     return resident * torch.cuda.get_device_properties(device).multi_processor_count
 
 
@@ -121,10 +128,10 @@ class Work:
 
 def launch(kernel: Any, work: Work, jobs: int, *args: Any, **constants: Any) -> None:
     """Run a kernel on the tensors' device and its current stream. Everything launched goes through here."""
-    device = work.segments.device
-    programs = max(1, min(jobs, _most_programs(device, work.param_dtype)))
+    device, large = work.segments.device, kernel is not skeleton.update_kernel or work.states[1] is not None
+    programs = max(1, min(jobs, _most_programs(device, work.param_dtype, large)))
     with torch.cuda.device(device if device.type == "cuda" else -1):
-        kernel[(programs,)](*args, **constants, **options(work.param_dtype))
+        kernel[(programs,)](*args, **constants, **options(work.param_dtype, large=large))
 
 
 def measure(work: Work, *, updates: bool, gradients: bool, clips: bool, skips: bool) -> None:

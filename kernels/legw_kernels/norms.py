@@ -1,7 +1,8 @@
 """L2 norms in float64, by tile, by tensor and over all: no atomics, one order of summation, no overflow.
 
-A tile's norm is taken in the compute dtype; from there on everything is float64, and the norm of norms is the norm. Where
-squares overflow or vanish, they are taken again of the values over the largest one; a norm is not finite only if a value is not.
+A tile's norm is taken in the compute dtype; from there on everything is float64, and the norm of norms is the norm.
+Where squares overflow or vanish, they are taken again of the values over the largest one, so that a norm is finite
+wherever all values are.
 """
 
 import triton
@@ -32,7 +33,8 @@ def tile_norm(x):
         else:
             largest = squares * 0 + 1
             squares = tl.sum(x * x, 0)
-    return tl.sqrt(squares.to(tl.float64)) * largest.to(tl.float64)
+    root = tl.sqrt_rn(squares) if squares.dtype == tl.float32 else tl.sqrt(squares)
+    return root.to(tl.float64) * largest.to(tl.float64)
 
 
 @triton.jit

@@ -1,7 +1,7 @@
 """Update rules: pure functions of one tile, given to the skeleton as `tl.constexpr`.
 
 A rule is a few functions, and two optimizers share what is the same in them. Tiles are of the compute dtype (float32,
-or float64 for float64 parameters); a and b, c are the tiles of the rule's states in their order, unused ones are dummies.
+or float64 for float64 parameters); a, b, c are tiles of the rule's states in their order, dummies where unused.
 
     prepare(hyper, lr, count, scale, exempt, g_norm, w_norm, x_norm) -> h
         the scalars of one tensor at this update, as a NamedTuple. `h.scale` multiplies its gradient first, the update

@@ -1,8 +1,8 @@
 """The scalar formulas, of the schedule and of trust ratios: one source for the host and the device.
 
 Each formula here is plain Python in the subset that Triton's compiler also takes: `+ - * /`, comparisons, `min`, `max`,
-`if`/`else`, NamedTuple fields, and `tl.exp`, `tl.log`, `tl.sqrt`, `tl.floor`. Called as it stands it works on floats, because
-`tl` is Python's `math` here. `on_device` gives the same code object with `triton.language` for `tl`.
+`if`/`else`, NamedTuple fields, and `tl.exp`, `tl.log`, `tl.sqrt`, `tl.floor`. Called as it stands it works on floats,
+because `tl` is Python's `math` here. `on_device` gives the same code object with `triton.language` for `tl`.
 
 Convention for t, everywhere in this package: t is the number of updates already completed. The warm-up counts the
 update being made, t + 1; the decay counts the updates already made, t.
@@ -179,7 +179,7 @@ def one_minus_power(log_beta, n):
 
 
 def clip_factor(norm, limit, divides):
-    """What global-norm clipping multiplies gradients by: torch's min(1, c / (norm + 1e-6)), or LAMB's 1 / max(1, norm / c)."""
+    """What clipping multiplies gradients by: torch's min(1, c / (norm + 1e-6)), or LAMB's 1 / max(1, norm / c)."""
     factor = min(1.0, limit / (norm + 1e-6))
     if divides != 0:
         factor = 1.0 / max(1.0, norm / limit)
@@ -214,7 +214,7 @@ def lars_ratio(lr, w_norm, x_norm, h):
 
 
 def lars_factors(lr, ratio, form):
-    """(inner, outer): what multiplies the decayed gradient as it enters the momentum, and what multiplies the update."""
+    """What multiplies the decayed gradient as it enters the momentum, and what multiplies the update."""
     inner = ratio
     outer = lr
     if form == SCALED:

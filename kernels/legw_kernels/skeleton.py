@@ -141,7 +141,7 @@ def store_state(state, at, used, tile):
 
 @triton.jit
 def load_weight(p, master, at, COMPUTE: tl.constexpr):
-    """A tile of weights in the compute dtype: where the master does not round to the weight, that was changed from outside."""
+    """A tile of weights in the compute dtype: the master, or the weight where someone else changed it."""
     w = p.to(COMPUTE)
     if master is not None:
         exact = tl.load(master + at)
@@ -166,7 +166,7 @@ def begin(norms, n_norms, grad_scale, found_inf, GLOBAL: tl.constexpr, SKIP: tl.
     norm = tl.full([], 0.0, tl.float64)
     inverse = tl.full([], 1.0, tl.float64)
     if grad_scale is not None:
-        inverse = 1.0 / tl.load(grad_scale).to(tl.float64)
+        inverse = (1.0 / tl.load(grad_scale)).to(tl.float64)
     if GLOBAL:
         norm = norm_of(norms, n_norms, 1024)
         if SKIP:
