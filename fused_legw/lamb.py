@@ -45,6 +45,7 @@ class LAMBRule(AdamRule):
         axes = variants.axes(variants.LAMB, group)
         kind = axes["bias_correction"]
         no_decay = axes["not_adapted"] == "no_decay" and not isinstance(group["weight_decay"], Tensor)
+        adapts = bool(group["adapt"]) and not (no_decay and axes["weight_decay"] == 0)
         weight_low, weight_high = axes["weight_norm_clamp"] or (0.0, math.inf)
         ratio_low, ratio_high = axes["trust_clamp"] or (0.0, math.inf)
         return (
@@ -52,7 +53,7 @@ class LAMBRule(AdamRule):
             .hyper({**group, **axes})
             ._replace(
                 bias_correction=2.0 if kind == "step_size" else float(kind),
-                adapt=float(group["adapt"] and not (no_decay and axes["weight_decay"] == 0)),
+                adapt=adapts * (2.0 if axes["weight_norm_clamp"] or axes["trust_clamp"] else 1.0),
                 weight_low=float(weight_low),
                 weight_high=min(float(weight_high), scalars.LARGEST_RATIO),
                 ratio_low=float(ratio_low),

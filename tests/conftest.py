@@ -20,6 +20,10 @@ DEVICE = "cuda" if torch.cuda.is_available() and not INTERPRETED else "cpu"
 HAS_TRITON = INTERPRETED or DEVICE == "cuda"
 
 torch.set_num_threads(1)  # tensors here are too small to share
+if INTERPRETED:
+    from interpreter import patch_once_per_launch
+
+    patch_once_per_launch()
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -57,3 +61,19 @@ def _seed() -> None:
 @pytest.fixture(params=[torch.float32, torch.bfloat16], ids=str)
 def params(request, device) -> list[Tensor]:
     return make_params(request.param, device)
+
+
+@pytest.fixture
+def launches(monkeypatch) -> list[tuple[str, dict]]:
+    """The kernel and the compile-time arguments of every launch."""
+    from legw_kernels import launch
+
+    seen: list[tuple[str, dict]] = []
+    run = launch.launch
+
+    def record(kernel, work, jobs, *args, **constants):
+        seen.append((kernel.fn.__name__, constants))
+        run(kernel, work, jobs, *args, **constants)
+
+    monkeypatch.setattr(launch, "launch", record)
+    return seen

@@ -8,6 +8,7 @@ pytestmark = pytest.mark.codegen
 codegen = pytest.importorskip("codegen", reason="needs triton", exc_type=ImportError)
 
 NVIDIA = ["sm_80", "sm_90", "sm_100"]
+AMSGRAD = dict(rule="adam", states=3)
 EVERYTHING = dict(clips=True, skips=True, scaled=True)
 # Kernel, its options, and the least 16-byte loads and stores: a tile of 1,024 takes two of each tensor it touches.
 VARIANTS = {
@@ -24,8 +25,8 @@ VARIANTS = {
     "LARS bf16, everything": ("update", dict(rule="lars", param="bf16", master=True, **EVERYTHING), 4, 3),
     "LARS fp64, everything": ("update", dict(rule="lars", param="fp64", **EVERYTHING), 3, 2),
     "Adam": ("update", dict(rule="adam"), 4, 3),
-    "Adam amsgrad, bf16, everything": ("update", dict(rule="adam", states=3, param="bf16", master=True, **EVERYTHING), 6, 5),
-    "Adam amsgrad, fp64, everything": ("update", dict(rule="adam", states=3, param="fp64", **EVERYTHING), 5, 4),
+    "Adam bf16, everything": ("update", dict(AMSGRAD, param="bf16", master=True, **EVERYTHING), 6, 5),
+    "Adam fp64, everything": ("update", dict(AMSGRAD, param="fp64", **EVERYTHING), 5, 4),
     "LAMB": ("update", dict(rule="lamb"), 3, 1),
     "LAMB fp64, everything": ("update", dict(rule="lamb", param="fp64", **EVERYTHING), 3, 1),
     "gradient norms": ("measure", dict(updates=False), 1, 0),

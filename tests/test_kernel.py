@@ -14,22 +14,6 @@ from legw_kernels import scalars
 interpreted = pytest.mark.skipif(not INTERPRETED, reason="counts accesses in the interpreter")
 
 
-@pytest.fixture
-def launches(monkeypatch) -> list[tuple[str, dict]]:
-    """The kernel and the compile-time arguments of every launch."""
-    from legw_kernels import launch
-
-    seen: list[tuple[str, dict]] = []
-    run = launch.launch
-
-    def record(kernel, work, jobs, *args, **constants):
-        seen.append((kernel.fn.__name__, constants))
-        run(kernel, work, jobs, *args, **constants)
-
-    monkeypatch.setattr(launch, "launch", record)
-    return seen
-
-
 @pytest.mark.parametrize(("tensors", "groups"), [(3, 1), (60, 20)])
 def test_one_launch_a_step_however_many_tensors_and_groups(triton_device, launches, tensors, groups):
     params = make_params(torch.float32, triton_device, [(7,)] * tensors)

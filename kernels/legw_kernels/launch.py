@@ -64,7 +64,8 @@ def segment_row(p: Tensor, gradient: int, first_tile: int, group: int, exempt: b
     gradient: its address; 0: there is none this time; -1: another launch sees to it.
     """
     address = p.data_ptr()
-    return [address, gradient, p.numel(), first_tile, group, int(address % 16 == 0 and gradient % 16 == 0), exempt]
+    aligned = address % 16 == 0 and gradient % 16 == 0
+    return [address, gradient, p.numel(), first_tile, group, int(aligned) + 2 * int(exempt)]
 
 
 def group_row(

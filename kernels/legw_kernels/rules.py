@@ -3,10 +3,11 @@
 A rule is a few functions, and two optimizers share what is the same in them. Tiles are of the compute dtype (float32,
 or float64 for float64 parameters); a, b, c are tiles of the rule's states in their order, dummies where unused.
 
-    prepare(hyper, lr, count, scale, exempt, g_norm, w_norm, x_norm) -> h
+    prepare(hyper, lr, count, scale, exempt, g_norm, w_norm, x_norm, MEASURES) -> h
         the scalars of one tensor at this update, as a NamedTuple. `h.scale` multiplies its gradient first, the update
         is w - h.outer * direction. hyper: address of the group's hyper-parameters. scale: of clipping and AMP.
-        count: float64, the tensor's earlier updates. The norms are 0 until they are known.
+        count: float64, the tensor's earlier updates. While MEASURES, LR and norms are 0, and what needs them is not
+        worked out: every scalar of a row costs a tile 8 bytes.
     advance(p, g, a, b, c, h) -> (a, b, c)       the states of the next update
     direction(p, g, a, b, c, h) -> u             the update, from the advanced states
     measure(p, g, a, b, c, h) -> x               what the trust ratio divides by the norm of
@@ -27,6 +28,7 @@ _lars_factors = scalars.on_device(scalars.lars_factors)
 _lamb_ratio = scalars.on_device(scalars.lamb_ratio)
 _bias_factors = scalars.on_device(scalars.bias_factors)
 _POPULAR = tl.constexpr(scalars.POPULAR)
+_LARGEST_RATIO = tl.constexpr(scalars.LARGEST_RATIO)
 
 
 class _Momentum(NamedTuple):
@@ -65,7 +67,7 @@ _AdamScalars = tl.constexpr(_Adam)
 
 
 @triton.jit
-def sgd_prepare(hyper, lr, count, scale, exempt, g_norm, w_norm, x_norm, COMPUTE: tl.constexpr):
+def sgd_prepare(hyper, lr, count, scale, exempt, g_norm, w_norm, x_norm, MEASURES: tl.constexpr, COMPUTE: tl.constexpr):
     one = (lr * 0 + 1).to(COMPUTE)
     return _MomentumScalars(
         scale * tl.load(hyper + 4).to(COMPUTE),
@@ -83,38 +85,42 @@ def sgd_prepare(hyper, lr, count, scale, exempt, g_norm, w_norm, x_norm, COMPUTE
 
 
 @triton.jit
-def lars_prepare(hyper, lr, count, scale, exempt, g_norm, w_norm, x_norm, COMPUTE: tl.constexpr):
-    h = _MomentumHyper(
-        tl.load(hyper).to(COMPUTE),
-        tl.load(hyper + 1).to(COMPUTE),
-        (1.0 - tl.load(hyper + 2)).to(COMPUTE),
-        tl.load(hyper + 3),
-        tl.load(hyper + 4).to(COMPUTE),
-        tl.load(hyper + 5).to(COMPUTE),
-        tl.load(hyper + 6).to(COMPUTE),
-        tl.load(hyper + 7),
-        tl.load(hyper + 8),
-        tl.load(hyper + 9),
-        tl.load(hyper + 10),
-        tl.load(hyper + 11) * (1 - exempt),
-    )
-    if h.norm_of_sum == 0:
-        x_norm = g_norm
+def lars_prepare(
+    hyper, lr, count, scale, exempt, g_norm, w_norm, x_norm, MEASURES: tl.constexpr, COMPUTE: tl.constexpr
+):
     rate = lr.to(COMPUTE)
-    ratio, decay = _lars_ratio(rate, w_norm, x_norm, h)
-    inner, outer = _lars_factors(rate, ratio, h.form)
+    ratio = 0 * rate + 1
+    inner = ratio
+    outer = rate
+    decay = tl.load(hyper).to(COMPUTE)
+    form = tl.load(hyper + 7)
+    norm_of_sum = tl.load(hyper + 8)
+    if not MEASURES:
+        zero = 0 * decay
+        h = _MomentumHyper(
+            decay, zero, zero, zero, zero,
+            tl.load(hyper + 5).to(COMPUTE),
+            tl.load(hyper + 6).to(COMPUTE),
+            form,
+            norm_of_sum,
+            tl.load(hyper + 9),
+            tl.load(hyper + 10),
+            tl.load(hyper + 11) * (1 - exempt),
+        )  # fmt: skip
+        ratio, decay = _lars_ratio(rate, w_norm, tl.where(norm_of_sum != 0, x_norm, g_norm), h)
+        inner, outer = _lars_factors(rate, ratio, form)
     return _MomentumScalars(
-        scale * h.sign,
+        scale * tl.load(hyper + 4).to(COMPUTE),
         outer,
         ratio,
-        h.form == _POPULAR,
+        form == _POPULAR,
         inner,
         decay * (1 - exempt).to(COMPUTE),
-        h.momentum,
-        h.dampening,
-        h.nesterov.to(COMPUTE),
+        tl.load(hyper + 1).to(COMPUTE),
+        (1.0 - tl.load(hyper + 2)).to(COMPUTE),
+        tl.load(hyper + 3).to(COMPUTE),
         count == 0,
-        h.norm_of_sum.to(COMPUTE),
+        norm_of_sum.to(COMPUTE),
     )
 
 
@@ -150,7 +156,7 @@ def lars_measure(p, g, a, b, c, h):
 
 
 @triton.jit
-def _adam_prepare(hyper, lr, count, scale, ratio, COMPUTE: tl.constexpr):
+def _adam_prepare(hyper, lr, count, scale, ratio, amsgrad, MOMENTS: tl.constexpr, COMPUTE: tl.constexpr):
     n = count + 1.0
     first, root, step = _bias_factors(
         lr.to(COMPUTE),
@@ -158,12 +164,16 @@ def _adam_prepare(hyper, lr, count, scale, ratio, COMPUTE: tl.constexpr):
         _one_minus_power(tl.load(hyper + 4), n).to(COMPUTE),
         tl.load(hyper + 9),
     )
-    beta1 = tl.load(hyper + 1)
-    beta2 = tl.load(hyper + 2)
+    beta1 = tl.full([], 0.0, tl.float64)
+    beta2 = tl.full([], 0.0, tl.float64)
+    if MOMENTS:
+        beta1 = tl.load(hyper + 1)
+        beta2 = tl.load(hyper + 2)
+        scale *= tl.load(hyper + 8).to(COMPUTE)
     decay = tl.load(hyper).to(COMPUTE)
     decoupled = tl.load(hyper + 7).to(COMPUTE)
     return _AdamScalars(
-        scale * tl.load(hyper + 8).to(COMPUTE),
+        scale,
         step * ratio,
         ratio,
         count < 0,
@@ -176,27 +186,42 @@ def _adam_prepare(hyper, lr, count, scale, ratio, COMPUTE: tl.constexpr):
         first,
         root,
         tl.load(hyper + 5).to(COMPUTE),
-        tl.load(hyper + 6).to(COMPUTE),
+        amsgrad,
     )
 
 
 @triton.jit
-def adam_prepare(hyper, lr, count, scale, exempt, g_norm, w_norm, x_norm, COMPUTE: tl.constexpr):
-    return _adam_prepare(hyper, lr, count, scale, (lr * 0 + 1).to(COMPUTE), COMPUTE)
+def adam_prepare(
+    hyper, lr, count, scale, exempt, g_norm, w_norm, x_norm, MEASURES: tl.constexpr, COMPUTE: tl.constexpr
+):
+    return _adam_prepare(
+        hyper, lr, count, scale, (lr * 0 + 1).to(COMPUTE), tl.load(hyper + 6).to(COMPUTE), True, COMPUTE
+    )
 
 
 @triton.jit
-def lamb_prepare(hyper, lr, count, scale, exempt, g_norm, w_norm, x_norm, COMPUTE: tl.constexpr):
+def lamb_prepare(
+    hyper, lr, count, scale, exempt, g_norm, w_norm, x_norm, MEASURES: tl.constexpr, COMPUTE: tl.constexpr
+):
     zero = 0 * w_norm
-    h = _AdamHyper(
-        zero, zero, zero, zero, zero, zero, zero, zero, zero, zero,
-        tl.load(hyper + 10),
-        tl.load(hyper + 11).to(COMPUTE),
-        tl.load(hyper + 12).to(COMPUTE),
-        tl.load(hyper + 13).to(COMPUTE),
-        tl.load(hyper + 14).to(COMPUTE),
-    )  # fmt: skip
-    return _adam_prepare(hyper, lr, count, scale, _lamb_ratio(w_norm, x_norm, h), COMPUTE)
+    ratio = zero + 1
+    if not MEASURES:
+        adapt = tl.load(hyper + 10)
+        weight_low = zero
+        weight_high = zero + _LARGEST_RATIO
+        ratio_low = zero
+        ratio_high = weight_high
+        if adapt > 1:
+            weight_low = tl.load(hyper + 11).to(COMPUTE)
+            weight_high = tl.load(hyper + 12).to(COMPUTE)
+            ratio_low = tl.load(hyper + 13).to(COMPUTE)
+            ratio_high = tl.load(hyper + 14).to(COMPUTE)
+        h = _AdamHyper(
+            zero, zero, zero, zero, zero, zero, zero, zero, zero, zero,
+            adapt, weight_low, weight_high, ratio_low, ratio_high,
+        )  # fmt: skip
+        ratio = _lamb_ratio(w_norm, x_norm, h)
+    return _adam_prepare(hyper, lr, count, scale, ratio, zero, MEASURES, COMPUTE)
 
 
 @triton.jit

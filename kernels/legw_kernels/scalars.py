@@ -150,7 +150,7 @@ class AdamHyper(NamedTuple):
     decoupled: float = 0.0
     sign: float = 1.0  # -1 to maximize
     bias_correction: float = 1.0  # 0: none. 2: of the step size, DeepSpeed's
-    adapt: float = 0.0
+    adapt: float = 0.0  # 2: with what follows
     weight_low: float = 0.0  # what the weight's norm is clamped to
     weight_high: float = LARGEST_RATIO
     ratio_low: float = 0.0  # what the ratio is clamped to

@@ -30,9 +30,8 @@ GRADIENT = tl.constexpr(1)  # of the gradient's first element; 0: no gradient th
 NUMEL = tl.constexpr(2)
 FIRST_TILE = tl.constexpr(3)
 GROUP = tl.constexpr(4)
-ALIGNED = tl.constexpr(5)  # 1 if both addresses are multiples of 16
-EXEMPT = tl.constexpr(6)  # 1 if neither adapted nor decayed
-SEGMENT_WIDTH = tl.constexpr(7)
+FLAGS = tl.constexpr(5)  # 1: both addresses are multiples of 16; 2: exempt, neither adapted nor decayed
+SEGMENT_WIDTH = tl.constexpr(6)
 
 # Columns of a group's row: the recipe's fields in their order, then these.
 LR_ADDRESS = tl.constexpr(10)  # of a device tensor that holds the LR
@@ -186,12 +185,14 @@ def _narrow(x, COMPUTE: tl.constexpr):
 
 @triton.jit
 def prepare(
-    segment, row, inverse, norm, t, groups, milestones, steps, shown, norms, own, n_norms,
-    PREPARE: tl.constexpr, GLOBAL: tl.constexpr, MEASURED: tl.constexpr, COMPUTE: tl.constexpr,
+    segment, row, flags, inverse, norm, t, groups, milestones, steps, shown, norms, own, n_norms,
+    PREPARE: tl.constexpr, GLOBAL: tl.constexpr, UPDATES: tl.constexpr, TRUST: tl.constexpr, COMPUTE: tl.constexpr,
 ):  # fmt: skip
-    """(the scalars of one tensor's update, the states it uses)."""
+    """(the scalars of one tensor's update, the states it uses). UPDATES: rather than measures, with norms if TRUST."""
     group = groups + tl.load(row + GROUP) * GROUP_WIDTH
-    lr = group_lr(group, t, milestones)
+    lr = tl.full([], 0.0, tl.float64)
+    if UPDATES:  # what is measured does not depend on it
+        lr = group_lr(group, t, milestones)
     scale = inverse.to(COMPUTE)
     clip = scale * 0 + 1
     if GLOBAL:
@@ -201,14 +202,14 @@ def prepare(
     g_norm = clip * 0
     w_norm = clip * 0
     x_norm = clip * 0
-    if MEASURED:
+    if TRUST:
         norms += own + segment
         g_norm = _narrow(tl.load(norms), COMPUTE) * clip
         w_norm = _narrow(tl.load(norms + WEIGHT_NORM * n_norms), COMPUTE)
         x_norm = _narrow(tl.load(norms + UPDATE_NORM * n_norms), COMPUTE)
     h = PREPARE(
-        group + HYPER, lr, tensor_count(steps, shown, segment).to(tl.float64), scale * clip, tl.load(row + EXEMPT),
-        g_norm, w_norm, x_norm, COMPUTE,
+        group + HYPER, lr, tensor_count(steps, shown, segment).to(tl.float64), scale * clip, flags >> 1,
+        g_norm, w_norm, x_norm, not UPDATES, COMPUTE,
     )  # fmt: skip
     return h, tl.load(group + STATES).to(tl.int32)
 
@@ -222,14 +223,14 @@ def measure_tile(
     PARAM: tl.constexpr, GRAD: tl.constexpr, COMPUTE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """The norms of one tile; with STORE its advanced states."""
-    address = tl.load(row + ADDRESS)
     start = (tile - tl.load(row + FIRST_TILE)) * BLOCK
     n = tl.load(row + NUMEL) - start
-    wide = (n >= BLOCK) & (tl.load(row + ALIGNED) != 0)
+    flags = tl.load(row + FLAGS)
+    wide = (n >= BLOCK) & (flags & 1 != 0)
     if MEASURE is not None:
         h, used = prepare(
-            segment, row, inverse, norm, t, groups, milestones, steps, shown, norms, own, n_norms,
-            PREPARE, GLOBAL, False, COMPUTE,
+            segment, row, flags, inverse, norm, t, groups, milestones, steps, shown, norms, own, n_norms,
+            PREPARE, GLOBAL, False, False, COMPUTE,
         )  # fmt: skip
     g = load_tile(gradient, start, n, wide, GRAD, BLOCK).to(COMPUTE)
     if GRADIENTS:
@@ -237,7 +238,7 @@ def measure_tile(
     if MEASURE is not None:
         at = tile * BLOCK + tl.arange(0, BLOCK)
         g = g * h.scale
-        w = load_weight(load_tile(address, start, n, wide, PARAM, BLOCK), master, at, COMPUTE)
+        w = load_weight(load_tile(tl.load(row + ADDRESS), start, n, wide, PARAM, BLOCK), master, at, COMPUTE)
         tl.store(partials + WEIGHT_NORM * n_tiles + tile, tile_norm(w))
         if STORE:
             a = load_state(state_a, at, used & 1, g)
@@ -315,11 +316,12 @@ def update_tile(
     first_tile = tl.load(row + FIRST_TILE)
     start = (tile - first_tile) * BLOCK
     n = tl.load(row + NUMEL) - start
-    wide = (n >= BLOCK) & (tl.load(row + ALIGNED) != 0)
+    flags = tl.load(row + FLAGS)
+    wide = (n >= BLOCK) & (flags & 1 != 0)
     # Scalars first: with the tile already loaded, the float64 schedule would need half as many registers again.
     h, used = prepare(
-        segment, row, inverse, norm, t, groups, milestones, steps, shown, norms, own, n_norms,
-        PREPARE, GLOBAL, TRUST, COMPUTE,
+        segment, row, flags, inverse, norm, t, groups, milestones, steps, shown, norms, own, n_norms,
+        PREPARE, GLOBAL and not ADVANCED, True, TRUST, COMPUTE,
     )  # fmt: skip
     if TRUST:
         if tile == first_tile:

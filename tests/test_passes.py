@@ -1,0 +1,102 @@
+"""How often a step launches, and what it moves, for every optimizer: counted, not timed."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from cases import give_gradients, legw, make_params
+from conftest import INTERPRETED
+
+from fused_legw import LAMB, LARS, SGD, Adam, AdamW, Cosine
+
+interpreted = pytest.mark.skipif(not INTERPRETED, reason="counts accesses in the interpreter")
+CLIP = dict(max_grad_norm=1.0)
+SKIP = dict(skip_nonfinite=True)
+MOMENTUM = dict(momentum=0.9)
+
+# Class, options, and the launches of a step on one (device, parameter dtype, gradient dtype).
+LAUNCHES = [
+    (SGD, MOMENTUM, 1),
+    (Adam, dict(), 1),
+    (AdamW, dict(amsgrad=True), 1),
+    (SGD, {**MOMENTUM, **CLIP}, 3),
+    (SGD, SKIP, 3),
+    (Adam, {**CLIP, **SKIP}, 3),
+    (LARS, dict(), 3),
+    (LARS, dict(variant="simclr-popular", **SKIP), 3),
+    (LARS, {**CLIP, **SKIP}, 3),
+    (LAMB, dict(), 3),
+    (LAMB, dict(variant="apex"), 5),
+    (LAMB, {**CLIP, **SKIP}, 5),
+    # |g + weight_decay * w| of clipped gradients is summed only once the global norm is known.
+    (LARS, dict(variant="moco", **CLIP), 5),
+]
+
+
+@pytest.mark.parametrize(("cls", "options", "expected"), LAUNCHES, ids=str)
+def test_launches(triton_device, launches, cls, options, expected):
+    """As many for 3 tensors as for 60, for one group as for 20 with different options."""
+    for tensors, groups in ((3, 1), (60, 20)):
+        params = make_params(torch.float32, triton_device, [(7,)] * tensors)
+        each = tensors // groups
+        split = [dict(params=params[i * each : (i + 1) * each], weight_decay=i / 100) for i in range(groups)]
+        optimizer = cls(split, lr=legw(), tile=16, backend="triton", **options)
+        launches.clear()
+        for step in range(2):
+            give_gradients(step, params)
+            optimizer.step()
+        assert len(launches) == 2 * expected
+        assert sum(constants.get("LAST", False) for _, constants in launches) == 2
+
+
+def test_launches_for_1000_tensors(triton_device, launches):
+    params = make_params(torch.float32, triton_device, [(1,)] * 1000)
+    optimizer = Adam(params, tile=16, backend="triton")
+    give_gradients(4, params)
+    optimizer.step()
+    assert len(launches) == 1
+
+
+def test_amp_with_an_inf_check_from_outside_takes_no_norms(triton_device, launches):
+    params = make_params(torch.float32, triton_device, [(7,), (20,)])
+    optimizer = SGD(params, lr=legw(), tile=16, backend="triton")
+    give_gradients(0, params)
+    optimizer.grad_scale = torch.full((1,), 8.0, device=triton_device)
+    optimizer.found_inf = torch.zeros(1, device=triton_device)
+    optimizer.step()
+    assert len(launches) == 1
+
+
+# Class, options, bytes per float32 parameter in whole tiles; with clipping and AMP.
+TRAFFIC = [
+    (SGD, MOMENTUM, 20.5, 24.5),
+    (Adam, dict(), 28.5, 32.5),
+    (AdamW, dict(), 28.5, 32.5),
+    (Adam, dict(amsgrad=True), 36.5, 40.5),
+    (LARS, dict(), 28.5, 28.5),
+    (LARS, dict(variant="simclr"), 28.5, 32.6),
+    (LARS, dict(variant="simclr-popular"), 32.5, 36.6),
+    (LARS, dict(variant="apex-larc"), 28.5, 28.5),
+    (LAMB, dict(), 40.5, 44.5),
+    (LAMB, dict(variant="apex"), 44.5, 44.5),
+    (LAMB, dict(variant="deepspeed"), 40.6, 44.6),
+]
+
+
+@interpreted
+@pytest.mark.parametrize(("cls", "options", "plain", "everything"), TRAFFIC, ids=str)
+def test_counted_traffic(cls, options, plain, everything):
+    from traffic import counted
+
+    for scaled, limit in ((False, plain), (True, everything)):
+        params = make_params(torch.float32, "cpu", [(1024,)] * 6 + [(4096, 8), (61 * 1024,)])
+        clip = dict(max_grad_norm=1.0, skip_nonfinite=True) if scaled else {}
+        # One decay for all: LARS's rows without a decay would have nothing to measure.
+        optimizer = cls(params, lr=legw(Cosine()), weight_decay=1e-4, backend="triton", **options, **clip)
+        give_gradients(0, params, skip=False)
+        if scaled:
+            optimizer.grad_scale, optimizer.found_inf = torch.full((1,), 8.0), torch.zeros(1)
+        with counted() as traffic:
+            optimizer.step()
+        per_parameter = traffic.bytes / sum(p.numel() for p in params)
+        assert limit - 0.5 <= per_parameter <= limit, per_parameter
