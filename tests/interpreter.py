@@ -1,4 +1,4 @@
-"""Triton's interpreter, twice as fast: it patches `triton.language` anew at every call of a device function in a kernel.
+"""Triton's interpreter, twice as fast: it patches `triton.language` anew at every call within a kernel.
 
 Patching once per launch is enough. Where a version has other internals, the interpreter stays as it is.
 """

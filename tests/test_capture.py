@@ -11,7 +11,7 @@ from cases import legw, make_params, twins
 from conftest import DEVICE
 from torch import Tensor
 
-from fused_legw import SGD, Cosine, backends, layout, table
+from fused_legw import LAMB, LARS, SGD, Adam, Cosine, backends, layout, table
 
 
 class _Recorded:
@@ -66,9 +66,13 @@ def _spares(monkeypatch):
         monkeypatch.setattr(table.Table, "prepares_captures", True)
 
 
-def _setup(device: str):
+def _optimizer(params: list[Tensor], cls: type = SGD, options: dict | None = None):
+    return cls(params, lr=legw(Cosine()), tile=16, backend="triton", **(options or dict(momentum=0.9)))
+
+
+def _setup(device: str, *kind):
     params = make_params(torch.float32, device, [(20,), (5, 7)])
-    return params, SGD(params, lr=legw(Cosine()), momentum=0.9, tile=16, backend="triton")
+    return params, _optimizer(params, *kind)
 
 
 def _gradients(params: list[Tensor], value: float) -> list[Tensor]:
@@ -77,11 +81,21 @@ def _gradients(params: list[Tensor], value: float) -> list[Tensor]:
     return [p.grad for p in params]
 
 
-def test_replays_and_eager_steps_follow_one_schedule(triton_device, monkeypatch):
+@pytest.mark.parametrize(
+    "kind",
+    [
+        (SGD, dict(momentum=0.9)),
+        (Adam, dict(max_grad_norm=1.0)),
+        (LARS, dict(weight_decay=0.1)),
+        (LAMB, dict(variant="apex", skip_nonfinite=True)),
+    ],
+    ids=str,
+)
+def test_replays_and_eager_steps_follow_one_schedule(triton_device, monkeypatch, kind):
     """Eager, capture, replay, eager, second capture, replay the first: each uses its own gradients, all one count."""
-    params, sgd = _setup(triton_device)
+    params, sgd = _setup(triton_device, *kind)
     expected = twins(params)
-    eager = SGD(expected, lr=legw(Cosine()), momentum=0.9, tile=16, backend="triton")
+    eager = _optimizer(expected, *kind)
 
     def expect(value: float) -> None:
         _gradients(expected, value)
@@ -186,3 +200,42 @@ def test_what_cannot_be_captured_says_what_to_do(triton_device, monkeypatch, cha
         sgd.param_groups[0]["momentum"] = 0.9
     with pytest.raises(RuntimeError, match="eager"), _capturing(monkeypatch):
         sgd.step()
+
+
+@pytest.mark.parametrize("cls", [SGD, LAMB], ids=str)
+def test_replays_skip_and_count_what_they_skip(triton_device, monkeypatch, cls):
+    """The decision is the device's: a replay with a gradient that is not finite changes nothing."""
+    options = dict(skip_nonfinite=True) | (dict(momentum=0.9) if cls is SGD else {})
+    params, optimizer = _setup(triton_device, cls, options)
+    gradients = _gradients(params, 1.0)
+    optimizer.step()
+    with _capturing(monkeypatch) as graph:
+        optimizer.step()
+    graph.replay()
+    before = twins(params), optimizer.state_dict()["state"]
+    gradients[1][2, 3] = torch.nan
+    graph.replay()
+    torch.testing.assert_close(params, before[0], rtol=0, atol=0)
+    torch.testing.assert_close(optimizer.state_dict()["state"], before[1], rtol=0, atol=0)
+    assert (optimizer.steps_applied, int(optimizer.steps_skipped)) == (2, 1)
+    gradients[1].fill_(1.0)
+    graph.replay()
+    assert (optimizer.steps_applied, int(optimizer.steps_skipped)) == (3, 1)
+
+
+def test_values_changed_in_param_groups_reach_replays(triton_device, monkeypatch):
+    params = make_params(torch.float64, triton_device, [(20,), (5, 7)])
+    options = dict(lr=0.5, tile=16, backend="triton")
+    optimizer = SGD(params, **options)
+    _gradients(params, 1.0)
+    optimizer.step()
+    with _capturing(monkeypatch) as graph:
+        optimizer.step()
+    optimizer.param_groups[0].update(lr=0.25, weight_decay=0.125)
+    optimizer.upload_param_groups()
+    expected = [p - 0.25 * (1 + 0.125 * p) for p in twins(params)]
+    graph.replay()
+    torch.testing.assert_close([p.detach() for p in params], [p.detach() for p in expected], rtol=1e-12, atol=0)
+    optimizer.param_groups[0]["schedule"] = legw()
+    with pytest.raises(RuntimeError, match="a schedule was replaced"):
+        optimizer.upload_param_groups()
