@@ -277,11 +277,9 @@ class AtenBackend:
 
     def _update_all(self, groups: Sequence[Group], control: Control) -> None:
         t, own = int(self.counts[0]), 0
-        factors = [control.inverse_scale] * len(groups)
+        inverse, clips = control.inverse_scale, [1.0] * len(groups)
         if control.clips:
-            factors = [
-                f * scalars.clip_factor(self._norm, *self._rule.clip(g)) for f, g in zip(factors, groups, strict=True)
-            ]
+            clips = [scalars.clip_factor(self._norm, *self._rule.clip(group)) for group in groups]
         for bucket, some in zip(self.buckets, self._gradients, strict=True):
             alike: dict[tuple[int, int], list[int]] = {}  # (group, earlier updates) -> segments
             for i, (segment, g, count) in enumerate(zip(bucket.segments, some, bucket.exact_steps(), strict=True)):
@@ -290,12 +288,12 @@ class AtenBackend:
             for (index, count), chosen in alike.items():
                 group = groups[index]
                 lr = group_lr(group, t)
-                self._update(bucket, own, chosen, [some[i] for i in chosen], lr, group, count, factors[index])
+                self._update(bucket, own, chosen, [some[i] for i in chosen], lr, group, count, inverse, clips[index])
             own += len(bucket.segments)
 
     def _update(
         self, bucket: Bucket, own: int, chosen: list[int], gradients: list[Any], lr: float, group: Group, count: int,
-        scale: float,
+        inverse: float, clip: float,
     ) -> None:  # fmt: skip
         params = [bucket.segments[i].param for i in chosen]
         used = self._rule.used_states(group)
@@ -310,8 +308,8 @@ class AtenBackend:
         tensors = Tensors(weights, gradients, states, [self._rule.exempt(group, p) for p in params])
         columns = [own + i for i in chosen]
         if self.norms is not None:
-            tensors.g_norms = self.norms[0, columns].tolist()
-        self._rule.aten(tensors, lr, count, scale, group)
+            tensors.g_norms = (self.norms[0, columns] * clip).tolist()
+        self._rule.aten(tensors, lr, count, inverse * clip, group)
         if self.norms is not None and tensors.ratios:
             self.norms[1, columns] = torch.tensor(tensors.w_norms, dtype=torch.float64)
             self.norms[3, columns] = torch.tensor(tensors.ratios, dtype=torch.float64)

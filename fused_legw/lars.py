@@ -76,7 +76,7 @@ class LARSRule(SGDRule):
         for i, (p, g, m) in enumerate(zip(tensors.params, grads, momenta, strict=True)):
             own = h._replace(adapt=0.0, weight_decay=0.0) if tensors.exempt[i] else h
             w_norm = norm(p)
-            x_norm = tensors.g_norms[i] * scale
+            x_norm = tensors.g_norms[i]
             if own.norm_of_sum:
                 x = g.add(p, alpha=own.weight_decay) if own.weight_decay else g
                 if own.form == scalars.POPULAR:

@@ -87,7 +87,7 @@ class Tensors:
     """The tensors of one group, dtype and count that ATen updates: lists, an entry per parameter.
 
     states: a list for each of the rule's states; empty where the group does not use it. exempt: see `Rule.exempt`.
-    g_norms: norms of the gradients without AMP's scale, empty where not taken. w_norms, ratios: to be filled.
+    g_norms: norms of the gradients as they are to be used, empty where not taken. w_norms, ratios: to be filled.
     """
 
     def __init__(

@@ -71,7 +71,7 @@ def test_equals_torchs_three_calls(backend, device, cls, options, dtype):
         ours.found_inf = torch.zeros(1, device=device)
         for p in params:
             if p.grad is not None:
-                p.grad *= 1024
+                p.grad = p.grad * 1024
         before = [None if p.grad is None else p.grad.clone() for p in params]
         norm = torch.nn.utils.clip_grad_norm_(theirs, 0.5)
         ours.step()
