@@ -132,7 +132,8 @@ class TritonBackend:
 
         rows = list[int]()
         for segment, g in zip(bucket.segments, gradients, strict=True):
-            address = 0 if g is None else g.data_ptr() if g.dtype == dtype else -1
+            # An empty tensor has address 0 and is counted all the same; no tile of it is ever read.
+            address = 0 if g is None else (g.data_ptr() or 16) if g.dtype == dtype else -1
             exempt = self._rule.exempt(groups[segment.group], segment.param)
             rows += launch.segment_row(segment.param, address, segment.first_tile, segment.group, exempt)
         return rows
