@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import io
+import math
 import pickle
 
 import pytest
@@ -12,6 +13,7 @@ from cases import error, give_gradients, legw, make_params, same, twins
 from conftest import INTERPRETED
 
 from fused_legw import LAMB, LARS, Adam, AdamW, Cosine, MultiStep, reference
+from legw_kernels import scalars
 
 FAMILY = [(LARS, dict(weight_decay=0.1)), (Adam, dict(amsgrad=True)), (AdamW, dict()), (LAMB, dict(variant="apex"))]
 family = pytest.mark.parametrize(("cls", "options"), FAMILY, ids=lambda x: getattr(x, "__name__", ""))
@@ -212,3 +214,10 @@ def test_weight_averaging_and_schedulers_of_torch(backend, device, cls, options)
         values.append(model.weight.detach().clone())
     torch.testing.assert_close(averaged.module.weight.detach(), torch.stack(values).mean(0))
     assert optimizer.param_groups[0]["lr"] == scheduler.get_last_lr()[0] < 0.01
+
+
+@pytest.mark.parametrize("beta", [0.0, 0.5, 0.9, 0.999, 1 - 1e-8])
+@pytest.mark.parametrize("n", [1.0, 2.0, 10.0, 250.0, 1e6, 2.0**40])
+def test_bias_correction_loses_nothing(beta, n):
+    log = math.log(beta) if beta else -math.inf
+    assert scalars.one_minus_power(log, n) == pytest.approx(-math.expm1(n * log), rel=1e-14, abs=0)
