@@ -8,7 +8,7 @@ import pytest
 import torch
 from cases import give_gradients, legw, make_params, twins
 
-from fused_legw import LEGW, SGD, Cosine, MultiStep
+from fused_legw import LAMB, LARS, LEGW, SGD, Adam, Cosine, MultiStep
 
 OPTIONS = dict(momentum=0.9, dampening=0.3, weight_decay=0.01)
 
@@ -215,18 +215,21 @@ def test_a_checkpoint_without_a_schedule_keeps_the_optimizers(backend, device):
 @pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
 @pytest.mark.parametrize("flattened", [False, True])
 @pytest.mark.parametrize("scheduled", [True, False])
-def test_distributed_checkpoint(backend, device, tmp_path, flattened, scheduled):
+@pytest.mark.parametrize("cls", [SGD, LARS, Adam, LAMB], ids=lambda cls: cls.__name__)
+def test_distributed_checkpoint(backend, device, tmp_path, flattened, scheduled, cls):
     """torch.distributed.checkpoint's recipe: its template is a fresh optimizer's state dict, made by a step at LR 0."""
     import torch.distributed.checkpoint as dcp
     from torch.distributed.checkpoint import state_dict as dsd
 
     options = dsd.StateDictOptions(flatten_optimizer_state_dict=flattened)
 
-    def make() -> tuple[torch.nn.Module, SGD]:
+    options_of_class = dict(momentum=0.9) if cls is SGD else {}
+
+    def make() -> tuple[torch.nn.Module, torch.optim.Optimizer]:
         torch.manual_seed(0)
         model = torch.nn.Linear(3, 2).to(device)
         lr = legw(Cosine()) if scheduled else 0.1
-        return model, SGD(model.parameters(), lr=lr, momentum=0.9, tile=16, backend=backend)
+        return model, cls(model.parameters(), lr=lr, tile=16, backend=backend, **options_of_class)
 
     model, optimizer = make()
     for step in range(4):
