@@ -20,7 +20,7 @@ FAMILY = [
     (AdamW, dict(maximize=True)),
     (LAMB, dict(weight_decay=0.1)),
 ]
-family = pytest.mark.parametrize(("cls", "options"), FAMILY, ids=lambda x: getattr(x, "__name__", ""))
+family = pytest.mark.parametrize(("cls", "options"), FAMILY, ids=[cls.__name__ for cls, _ in FAMILY])
 SCALERS = {"ours": fused_legw.GradScaler, "torch's": torch.amp.GradScaler}
 HOW = ["skip_nonfinite", "found_inf", *SCALERS]
 
@@ -85,7 +85,8 @@ def test_skipped_steps_never_were(backend, device, cls, options, how):
     a, b = ours.state_dict(), plain.state_dict()
     assert a["state"].keys() == b["state"].keys()
     torch.testing.assert_close(a["state"], b["state"], rtol=0, atol=0)
-    assert a["param_groups"] == b["param_groups"]
+    # "lr" there is what the host knows of; get_last_lr below asks the device.
+    assert [g | dict(lr=None) for g in a["param_groups"]] == [g | dict(lr=None) for g in b["param_groups"]]
     assert ours.steps_applied == plain.steps_applied == mask.count(False)
     assert ours.get_last_lr() == plain.get_last_lr()
     assert int(ours.steps_skipped) == mask.count(True)
@@ -134,11 +135,8 @@ def _scaled_run(optimizer, scaler, p: Tensor, steps: int = 30):
     return scales, moved
 
 
-@pytest.mark.parametrize("clip", [None, 0.7])
-@pytest.mark.parametrize("cls", [SGD, LARS, Adam, LAMB])
+@pytest.mark.parametrize(("cls", "clip"), [(SGD, None), (SGD, 0.7), (LARS, None), (Adam, None), (LAMB, 0.7)])
 def test_our_scaler_is_torchs(backend, device, cls, clip):
-    if clip and cls in (LARS, Adam):
-        pytest.skip("SGD and LAMB show what clipping adds")
     runs, results = [], []
     for how in SCALERS:
         (p,) = make_params(torch.float32, device, [(9,)])

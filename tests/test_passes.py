@@ -49,8 +49,8 @@ def test_launches(triton_device, launches, cls, options, expected):
         assert sum(constants.get("LAST", False) for _, constants in launches) == 2
 
 
-def test_launches_for_1000_tensors(triton_device, launches):
-    params = make_params(torch.float32, triton_device, [(1,)] * 1000)
+def test_launches_for_3000_tensors(triton_device, launches):
+    params = make_params(torch.float32, triton_device, [(1,)] * 3000)
     optimizer = Adam(params, tile=16, backend="triton")
     give_gradients(4, params)
     optimizer.step()
