@@ -113,7 +113,7 @@ def test_gradients_in_another_dtype(backend, device, cls, options, param, gradie
 
 @family
 def test_a_dtype_without_gradients_adds_nothing_to_the_norm(backend, device, cls, options):
-    """Not even what it had the step before, be it large or not finite."""
+    """Not even what it had the step before."""
     params = make_params(torch.float32, device, [(20,)]) + make_params(torch.bfloat16, device, [(5,)])
     alone = twins(params)
     options = dict(lr=legw(), max_grad_norm=0.5, skip_nonfinite=True, tile=16, backend=backend) | options
@@ -202,9 +202,8 @@ def test_without_a_global_norm_a_bad_gradient_stays_in_its_tensor(backend, devic
         for optimizer in optimizers:
             optimizer.step()
     assert not params[1].isfinite().all()
-    others = [0, 2, 3]
-    same([params[i] for i in others], [clean[i] for i in others])
-    for i in others:
+    for i in (0, 2, 3):
+        same([params[i]], [clean[i]])
         mine, other = optimizers[0].state[params[i]], optimizers[1].state[clean[i]]
         torch.testing.assert_close(dict(mine), dict(other), rtol=0, atol=0)
         if cls in (LARS, LAMB):
@@ -239,10 +238,8 @@ def test_what_a_step_found(backend, device, cls, options):
             with pytest.raises(RuntimeError, match=f"{cls.__name__} (takes no norms|has no trust ratios)"):
                 ask()
         return
-    clip, decays = 0.5 / (float(total) + 1e-6), (0.1, 0.01, 0.1)
-    for p, w, decay in zip(params, before, decays, strict=True):
-        if p.grad is None:
-            continue
+    clip = 0.5 / (float(total) + 1e-6)
+    for p, w, decay in ((params[0], before[0], 0.1), (params[2], before[2], 0.1)):
         w_norm = w.norm().item()
         assert float(optimizer.param_norms()[p]) == pytest.approx(w_norm, rel=1e-13)
         ratio = 0.1 * w_norm / (float(norms[p]) * clip + decay * w_norm)
