@@ -101,7 +101,7 @@ class TritonBackend:
         launched = {i for i, _ in pairs}
         for i, bucket in enumerate(self.buckets):
             if self.norms is not None and i not in launched:  # or its last norms would count again
-                self.norms[0, own[i] : own[i] + len(bucket.segments)].zero_()
+                self.norms[:3, own[i] : own[i] + len(bucket.segments)].zero_()
         # A device without any gradient still advances its count, beside the others.
         for i, dtype in pairs or [(0, self.buckets[0].dtype)]:
             bucket = self.buckets[i]

@@ -14,7 +14,7 @@ from .backends import group_lr
 from .control import Control
 from .decays import count
 from .layout import Layout, check_params, named_params
-from .rule import Rule
+from .rule import Rule, check_limit
 from .schedule import LEGW
 
 
@@ -134,7 +134,7 @@ class FusedOptimizer(torch.optim.Optimizer):
             lr, schedule, shown = group["lr"], group["schedule"], self._shown_lr.get(id(group))
             _check_schedule(i, schedule)
             self._rule.hyper(group)
-            self._rule.clip(group)
+            check_limit(group["max_grad_norm"])
             if schedule is None and isinstance(lr, LEGW):
                 raise TypeError(f"param_groups[{i}]['lr'] was set to {lr}: set param_groups[{i}]['schedule'] instead")
             if schedule is not None and hasattr(self.step, "_wrapped_by_lr_sched"):
@@ -253,7 +253,7 @@ class FusedOptimizer(torch.optim.Optimizer):
         return self._norms(0, "gradient norms")
 
     def param_norms(self) -> dict[Tensor, Tensor]:
-        """Each parameter's norm before the last step, of LARS and LAMB; otherwise as `grad_norms`."""
+        """Each parameter's norm before the last applied step, of LARS and LAMB; otherwise as `grad_norms`."""
         if not self._rule.adapts:
             raise RuntimeError(f"{type(self).__name__} takes no norms of its parameters: LARS and LAMB do")
         return self._norms(1, "parameter norms")
@@ -294,6 +294,13 @@ class FusedOptimizer(torch.optim.Optimizer):
             device.write_groups(self.param_groups)
 
     # Checkpoints and copies
+
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    def state_dict(self) -> dict[str, Any]:
+        """As in torch.optim, with each group's schedule and `steps_applied`. Reads the device."""
+        self._host_steps = self.steps_applied
+        self._show_lr()
+        return super().state_dict()
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:

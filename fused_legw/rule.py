@@ -17,6 +17,11 @@ Group = dict[str, Any]  # one of torch.optim's param_groups
 Hyper = scalars.MomentumHyper | scalars.AdamHyper
 
 
+def check_limit(limit: float | None) -> None:
+    if limit is not None and not limit > 0:
+        raise ValueError(f"max_grad_norm must be greater than 0, or None, got {limit!r}")
+
+
 class Rule:
     """An optimizer's state, and what its hyper-parameters mean to the kernels and to ATen.
 
@@ -45,8 +50,7 @@ class Rule:
             raise RuntimeError("`fused` and `foreach` cannot be `True` together.")
         if group.get("differentiable"):
             raise ValueError("differentiable=True is not supported: the fused step is not recorded by autograd")
-        if limit is not None and not limit > 0:
-            raise ValueError(f"max_grad_norm must be greater than 0, or None, got {limit!r}")
+        check_limit(limit)
         scale = group.get("lr_scale", 1.0)
         if not (isinstance(scale, int | float) and 0 <= scale < math.inf):
             raise ValueError(f"lr_scale must be a number, zero or more, got {scale!r}")

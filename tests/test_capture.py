@@ -239,3 +239,15 @@ def test_values_changed_in_param_groups_reach_replays(triton_device, monkeypatch
     optimizer.param_groups[0]["schedule"] = legw()
     with pytest.raises(RuntimeError, match="a schedule was replaced"):
         optimizer.upload_param_groups()
+
+
+def test_a_state_dict_shows_the_lr_that_the_device_got_to(triton_device, monkeypatch):
+    params, sgd = _setup(triton_device)
+    _gradients(params, 1.0)
+    sgd.step()
+    with _capturing(monkeypatch) as graph:
+        sgd.step()
+    for _ in range(3):
+        graph.replay()
+    (group,) = sgd.state_dict()["param_groups"]
+    assert (group["steps_applied"], group["lr"]) == (4, legw(Cosine())(3))
