@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
-from .checks import check_state
+from .checks import check_state, check_step
 from .decays import count
 from .flat import MASTER, STEP
 from .layout import check_params
@@ -65,6 +65,8 @@ def unpack(optimizer: FusedOptimizer, state_dict: StateDict) -> StateDict:
             group["schedule"] = live["schedule"]
         elif isinstance(group["schedule"], dict):
             group["schedule"] = LEGW.from_dict(group["schedule"])
+        elif not isinstance(group["schedule"], LEGW):
+            raise ValueError(f"schedule must be a LEGW, what LEGW.to_dict() gives or None, got {group['schedule']!r}")
         for name, default in optimizer.defaults.items():
             group.setdefault(name, live.get(name, default))
         optimizer._rule.check(group)
@@ -80,6 +82,8 @@ def unpack(optimizer: FusedOptimizer, state_dict: StateDict) -> StateDict:
         state[key] = {name: _Kept(value) if isinstance(value, Tensor) else value for name, value in values.items()}
         if key in shapes:
             check_state(f"state[{key}]", values, (*optimizer._rule.states, MASTER), shapes[key])
+            if optimizer._rule.counts and STEP in values:
+                check_step(f"state[{key}]", values[STEP])
     return {**state_dict, "state": state, "param_groups": groups}
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import numbers
 from collections.abc import Iterable, Mapping, Sequence
 from itertools import pairwise
 from typing import Any
@@ -103,3 +105,19 @@ def _check_plain(name: str, x: Tensor) -> None:
         raise RuntimeError(f"{name} has layout {x.layout}: sparse tensors are not supported, only torch.strided")
     if x.dtype not in DTYPES:
         raise TypeError(f"{name} has dtype {x.dtype}: supported are {', '.join(map(str, DTYPES))}")
+
+
+def check_number_or_tensor(name: str, value: Any) -> None:
+    """A hyper-parameter that the step reads as a number; a tensor is not read, which would wait for its device."""
+    if isinstance(value, Tensor):
+        if value.numel() != 1:
+            raise ValueError(f"{name} must be a number or a 1-element tensor, got shape {tuple(value.shape)}")
+    elif not isinstance(value, numbers.Real):
+        raise TypeError(f"{name} must be a number or a 1-element tensor, got {value!r}")
+
+
+def check_step(label: str, value: Any) -> None:
+    """Refuse a count of updates that is none."""
+    number = value.item() if isinstance(value, Tensor) and value.numel() == 1 else value
+    if not (isinstance(number, numbers.Real) and 0 <= float(number) < math.inf):
+        raise ValueError(f"{label}['step'] must be a number of updates, zero or more, got {value!r}")

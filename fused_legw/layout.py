@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import operator
 from collections.abc import Mapping
 from typing import Any
@@ -92,6 +93,7 @@ class Layout:
         in_use = {p.untyped_storage().data_ptr() for _, p, _ in named_params(groups)}
         made += previous._weights if previous else []
         self._weights: list[Tensor] = [weights for weights in made if weights.data_ptr() in in_use]
+        self._replayed: list[tuple[set[object], list[bool]]] = []  # what each captured step has; see _needs
         # A captured graph goes on addressing the layout it was captured with.
         self._kept: list[Layout] = []
         if previous is not None:
@@ -128,8 +130,13 @@ class Layout:
             segment.param: count
             for bucket in self.buckets
             for segment, count in zip(bucket.segments, bucket.exact_steps(), strict=True)
-            if not _state_changed(segment, state)
+            if not _state_changed(segment, state) and not self._given(segment, state)
         }
+
+    def _given(self, segment: flat.Segment, state: State) -> bool:
+        """Whether the state holds what this layout made no room for: loaded where momentum had been 0, say."""
+        own = state.get(segment.param, {})
+        return any(own.get(name) is not None and name not in segment.state for name in self._rule.states)
 
     def fresh(self, *, asked: bool = True) -> set[Tensor]:
         """Parameters with state that no step has updated yet; without those whose state was asked for, if not asked."""
@@ -189,6 +196,8 @@ class Layout:
         """One step on every device. gradients: by device, bucket and segment. advance: whether it counts as applied."""
         for device, own in zip(self.devices, gradients, strict=True):
             device.begin(groups, own, control, len(self.devices) - 1)
+        if self.capturing:
+            self._replayed.append(self._needs(groups))
         clipped_first = control.clips and any(map(self._rule.measures_clipped, groups))
         apart = clipped_first or (control.global_norm and self._rule.two_stage)
         if apart or (control.global_norm and not self._rule.adapts):
@@ -197,6 +206,25 @@ class Layout:
             self._measure(control, updates=True, gradients=not apart, clips=apart)
         for device in self.devices:
             device.update(groups, control, advance=advance)
+
+    def _needs(self, groups: list[Group]) -> tuple[set[object], list[bool]]:
+        """What the groups' options need beyond values in the group table: kernels, states, exempt tensors."""
+        needs: set[object] = {(i, name) for i, group in enumerate(groups) for name in self._rule.used_states(group)}
+        if any(self._rule.clip(group)[0] < math.inf for group in groups):
+            needs.add("clipping")
+            if any(map(self._rule.measures_clipped, groups)):
+                needs.add("norms of clipped gradients")
+        return needs, [self._rule.exempt(groups[s.group], s.param) for b in self.buckets for s in b.segments]
+
+    def check_replays(self, groups: list[Group]) -> None:
+        """Refuse options that a captured step cannot follow."""
+        needs, exempt = self._needs(groups)
+        for had, exempted in self._replayed:
+            if exempt != exempted or not needs <= had:
+                raise RuntimeError(
+                    "an option changed what a step consists of (clipping, state, or which tensors are adapted): "
+                    "make a step, then capture it again"
+                )
 
     def _measure(self, control: Control, *, updates: bool, gradients: bool, clips: bool) -> None:
         for device in self.devices:

@@ -133,10 +133,12 @@ class FusedOptimizer(torch.optim.Optimizer):
         for i, group in enumerate(self.param_groups):
             lr, schedule, shown = group["lr"], group["schedule"], self._shown_lr.get(id(group))
             _check_schedule(i, schedule)
-            self._rule.hyper(group)
-            check_limit(group["max_grad_norm"])
             if schedule is None and isinstance(lr, LEGW):
                 raise TypeError(f"param_groups[{i}]['lr'] was set to {lr}: set param_groups[{i}]['schedule'] instead")
+            checks.check_number_or_tensor(f"param_groups[{i}]['lr']", lr if schedule is None else 0.0)
+            checks.check_number_or_tensor(f"param_groups[{i}]['lr_scale']", group.get("lr_scale", 1.0))
+            self._rule.hyper(group)
+            check_limit(group["max_grad_norm"])
             if schedule is not None and hasattr(self.step, "_wrapped_by_lr_sched"):
                 raise RuntimeError(
                     f"param_groups[{i}] follows {schedule}, but a torch LR scheduler was made for this optimizer: "
@@ -290,6 +292,7 @@ class FusedOptimizer(torch.optim.Optimizer):
         self._check_groups()
         if self._layout.stale(self.param_groups, self.state):
             raise RuntimeError("a parameter, its state or a schedule was replaced: make a step, then capture it again")
+        self._layout.check_replays(self.param_groups)
         for device in self._layout.devices:
             device.write_groups(self.param_groups)
 
