@@ -98,6 +98,7 @@ class TritonBackend:
         for bucket in self.buckets:
             own.append(own[-1] + len(bucket.segments))
         self._works = []
+        grad_scale, found_inf = (control.on(self.device, x) for x in (control.grad_scale, control.found_inf))
         launched = {i for i, _ in pairs}
         for i, bucket in enumerate(self.buckets):
             if self.norms is not None and i not in launched:  # or its last norms would count again
@@ -125,8 +126,8 @@ class TritonBackend:
                 partials=self._partials[i],
                 norms=self.norms,
                 own=own[i],
-                grad_scale=control.on(self.device, control.grad_scale),
-                found_inf=control.on(self.device, control.found_inf),
+                grad_scale=grad_scale,
+                found_inf=found_inf,
                 nonfinite=self.nonfinite,
             )
             self._works.append(work)

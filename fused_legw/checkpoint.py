@@ -41,10 +41,8 @@ def own_storages(values: dict[str, Any]) -> dict[str, Any]:
 
 def pack(optimizer: FusedOptimizer, state_dict: StateDict) -> StateDict:
     """torch's state dict of a fused optimizer, made fit to be stored. Runs before the user's hooks."""
-    steps_applied = optimizer.steps_applied
     groups = [
-        {**group, "schedule": group["schedule"] and group["schedule"].to_dict(), "steps_applied": steps_applied}
-        for group in state_dict["param_groups"]
+        {**group, "schedule": group["schedule"] and group["schedule"].to_dict()} for group in state_dict["param_groups"]
     ]
     # State of a tensor that no step has updated yet, because its first was skipped on the device, is none.
     fresh = optimizer._layout.fresh(asked=False) if optimizer._layout else set()

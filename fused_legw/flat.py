@@ -64,9 +64,8 @@ class Bucket:
 
     segments: one per parameter, in param-group order. tiles: int32, the segment each tile belongs to. steps: int64,
     each segment's counted updates; both on tables_device, as is shown_steps, float32, the same for optimizer.state
-    where it has a "step". weights: the flat buffer of the parameters that may move, or
-    None. state: flat buffers by name, in the compute dtype; float32 masters of low-precision parameters are the one
-    named "master_param".
+    where it has a "step". weights: the flat buffer of the parameters that may move, or None. state: flat buffers by
+    name, in the compute dtype; float32 masters of low-precision parameters are the one named "master_param".
     """
 
     def __init__(self, params: Sequence[tuple[Tensor, int]], tile: int, tables_device: torch.device) -> None:

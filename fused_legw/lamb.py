@@ -17,8 +17,6 @@ from .optimizer import FusedOptimizer
 from .rule import Group, Tensors, norm, scaled
 from .schedule import LEGW
 
-_DIVIDING = ("author-tf", "apex", "timm")  # variants whose clipping is g / max(1, norm / c)
-
 
 class LAMBRule(AdamRule):
     """Adam's, with a trust ratio."""
@@ -48,22 +46,19 @@ class LAMBRule(AdamRule):
         adapts = bool(group["adapt"]) and not (no_decay and axes["weight_decay"] == 0)
         weight_low, weight_high = axes["weight_norm_clamp"] or (0.0, math.inf)
         ratio_low, ratio_high = axes["trust_clamp"] or (0.0, math.inf)
-        return (
-            super()
-            .hyper({**group, **axes})
-            ._replace(
-                bias_correction=2.0 if kind == "step_size" else float(kind),
-                adapt=adapts * (2.0 if axes["weight_norm_clamp"] or axes["trust_clamp"] else 1.0),
-                weight_low=float(weight_low),
-                weight_high=min(float(weight_high), scalars.LARGEST_RATIO),
-                ratio_low=float(ratio_low),
-                ratio_high=min(float(ratio_high), scalars.LARGEST_RATIO),
-            )
+        adam = super().hyper({**group, **axes})
+        return adam._replace(
+            bias_correction=2.0 if kind == "step_size" else float(kind),
+            adapt=adapts * (2.0 if axes["weight_norm_clamp"] or axes["trust_clamp"] else 1.0),
+            weight_low=float(weight_low),
+            weight_high=min(float(weight_high), scalars.LARGEST_RATIO),
+            ratio_low=float(ratio_low),
+            ratio_high=min(float(ratio_high), scalars.LARGEST_RATIO),
         )
 
     def clip(self, group: Group) -> tuple[float, bool]:
-        limit = variants.axes(variants.LAMB, group)["max_grad_norm"]
-        return (math.inf if limit is None else float(limit)), group["variant"] in _DIVIDING
+        limit, _ = super().clip({**group, **variants.axes(variants.LAMB, group)})
+        return limit, group["variant"] in variants.DIVIDING
 
     def aten(self, tensors: Tensors, lr: float, count: int, scale: float, group: Group) -> None:
         h = self.hyper(group)

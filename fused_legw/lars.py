@@ -49,18 +49,15 @@ class LARSRule(SGDRule):
     def hyper(self, group: Group) -> MomentumHyper:
         axes = variants.axes(variants.LARS, group)
         no_decay = axes["not_adapted"] == "no_decay" and not torch.is_tensor(group["weight_decay"])
-        return (
-            super()
-            .hyper(group)
-            ._replace(
-                trust_coefficient=float(axes["trust_coefficient"]),
-                eps=float(axes["eps"]),
-                form=_FORMS[axes["form"]],
-                norm_of_sum=float(axes["denominator"] == "norm_of_sum" or axes["form"] == "popular"),
-                trust_clip=float(axes["trust_clip"]),
-                zero_norm=_ZERO_NORMS[axes["zero_norm"]],
-                adapt=float(group["adapt"] and not (no_decay and group["weight_decay"] == 0)),
-            )
+        sgd = super().hyper(group)
+        return sgd._replace(
+            trust_coefficient=float(axes["trust_coefficient"]),
+            eps=float(axes["eps"]),
+            form=_FORMS[axes["form"]],
+            norm_of_sum=float(axes["denominator"] == "norm_of_sum" or axes["form"] == "popular"),
+            trust_clip=float(axes["trust_clip"]),
+            zero_norm=_ZERO_NORMS[axes["zero_norm"]],
+            adapt=float(group["adapt"] and not (no_decay and group["weight_decay"] == 0)),
         )
 
     def exempt(self, group: Group, p: Tensor) -> bool:

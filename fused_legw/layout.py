@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import operator
 from collections.abc import Mapping
 from typing import Any
@@ -210,7 +209,7 @@ class Layout:
     def _needs(self, groups: list[Group]) -> tuple[set[object], list[bool]]:
         """What the groups' options need beyond values in the group table: kernels, states, exempt tensors."""
         needs: set[object] = {(i, name) for i, group in enumerate(groups) for name in self._rule.used_states(group)}
-        if any(self._rule.clip(group)[0] < math.inf for group in groups):
+        if self._rule.clips(groups):
             needs.add("clipping")
             if any(map(self._rule.measures_clipped, groups)):
                 needs.add("norms of clipped gradients")

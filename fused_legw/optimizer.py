@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -197,12 +196,16 @@ class FusedOptimizer(torch.optim.Optimizer):
         if not all(checks.usable_gradient(p) for group in self.param_groups for p in group["params"]):
             for name, p, _ in named_params(self.param_groups):
                 checks.check_gradient(name, p)
+        self._update(self._current_layout(), frozen)
+        return loss
+
+    def _current_layout(self) -> Layout:
+        """The flat buffers, rebuilt if anything is not what or where it was."""
         assert self._layout is not None
         if self._layout.stale(self.param_groups, self.state):
             self._layout.refuse_under_capture("a parameter, its state or a schedule was replaced")
             self._adopt()
-        self._update(self._layout, frozen)
-        return loss
+        return self._layout
 
     def _update(self, layout: Layout, frozen: set[int]) -> None:
         gradients = [[layout.gradients(bucket, frozen) for bucket in device.buckets] for device in layout.devices]
@@ -222,7 +225,7 @@ class FusedOptimizer(torch.optim.Optimizer):
 
     def _control(self) -> Control:
         return Control(
-            clips=any(self._rule.clip(group)[0] < math.inf for group in self.param_groups),
+            clips=self._rule.clips(self.param_groups),
             skips=self.skip_nonfinite or self._finds_nonfinite,
             grad_scale=getattr(self, "grad_scale", None),
             found_inf=None if self._finds_nonfinite else getattr(self, "found_inf", None),
@@ -230,12 +233,9 @@ class FusedOptimizer(torch.optim.Optimizer):
 
     def _find_nonfinite(self) -> dict[torch.device, Tensor]:
         """Make the next step skip itself if a gradient is not finite; the tensors that will say so, by device."""
-        assert self._layout is not None
-        if self._layout.stale(self.param_groups, self.state):
-            self._layout.refuse_under_capture("a parameter, its state or a schedule was replaced")
-            self._adopt()
+        devices = self._current_layout().devices
         self._finds_nonfinite = True
-        return {device.device: device.nonfinite.zero_() for device in self._layout.devices}
+        return {device.device: device.nonfinite.zero_() for device in devices}
 
     # What the last step found
 

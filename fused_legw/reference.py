@@ -270,7 +270,7 @@ class LAMB(Adam):
 
     def _clip(self, norm: float, group: Group) -> float:
         limit = variants.axes(variants.LAMB, group)["max_grad_norm"]
-        if limit is None or group["variant"] not in ("author-tf", "apex", "timm"):
+        if limit is None or group["variant"] not in variants.DIVIDING:
             return super()._clip(norm, group)
         return float(1.0 / max(1.0, norm / limit))
 

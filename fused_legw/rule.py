@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -38,7 +39,7 @@ class Rule:
 
     def check(self, group: Group) -> None:
         """Raise for hyper-parameters that make no sense, with torch.optim's messages."""
-        lr, limit = group["lr"], group["max_grad_norm"]
+        lr = group["lr"]
         if isinstance(lr, Tensor) and lr.numel() != 1:
             raise ValueError("Tensor lr must be 1-element")
         if not isinstance(lr, LEGW):
@@ -50,7 +51,7 @@ class Rule:
             raise RuntimeError("`fused` and `foreach` cannot be `True` together.")
         if group.get("differentiable"):
             raise ValueError("differentiable=True is not supported: the fused step is not recorded by autograd")
-        check_limit(limit)
+        check_limit(group["max_grad_norm"])
         scale = group.get("lr_scale", 1.0)
         if not (isinstance(scale, int | float) and 0 <= scale < math.inf):
             raise ValueError(f"lr_scale must be a number, zero or more, got {scale!r}")
@@ -71,6 +72,10 @@ class Rule:
         limit = group["max_grad_norm"]
         return (math.inf if limit is None else float(limit)), False
 
+    def clips(self, groups: list[Group]) -> bool:
+        """Whether any group clips."""
+        return any(self.clip(group)[0] < math.inf for group in groups)
+
     def exempt(self, group: Group, p: Tensor) -> bool:
         """Whether the parameter is neither adapted nor decayed."""
         return False
@@ -87,6 +92,7 @@ class Rule:
         raise NotImplementedError
 
 
+@dataclass
 class Tensors:
     """The tensors of one group, dtype and count that ATen updates: lists, an entry per parameter.
 
@@ -94,13 +100,13 @@ class Tensors:
     g_norms: norms of the gradients as they are to be used, empty where not taken. w_norms, ratios: to be filled.
     """
 
-    def __init__(
-        self, params: list[Tensor], grads: list[Tensor], states: list[list[Tensor]], exempt: list[bool]
-    ) -> None:
-        self.params, self.grads, self.states, self.exempt = params, grads, states, exempt
-        self.w_norms: list[float] = []
-        self.g_norms: list[float] = []
-        self.ratios: list[float] = []
+    params: list[Tensor]
+    grads: list[Tensor]
+    states: list[list[Tensor]]
+    exempt: list[bool]
+    g_norms: list[float] = field(default_factory=list)
+    w_norms: list[float] = field(default_factory=list)
+    ratios: list[float] = field(default_factory=list)
 
 
 def number(x: Any) -> Any:

@@ -69,6 +69,8 @@ LAMB: dict[str, Axes] = {
     "optax": _lamb(True, None, None, "nothing", 1e-6, 0.0),
 }
 
+DIVIDING = ("author-tf", "apex", "timm")  # variants whose clipping is g / max(1, norm / c)
+
 CHOICES: dict[str, tuple[Any, ...]] = {
     "form": ("scaled", "corrected", "torch", "unscaled", "popular"),
     "denominator": ("sum_of_norms", "norm_of_sum"),

@@ -149,12 +149,16 @@ def load_weight(p, master, at, COMPUTE: tl.constexpr):
 
 
 @triton.jit
+def true_count(count, there):
+    """Counted updates; where the user wrote another number to the tensor's "step", that."""
+    return tl.where(count.to(tl.float32) == there, count, there.to(tl.int64))
+
+
+@triton.jit
 def tensor_count(steps, shown, segment):
-    """A tensor's counted updates; where the user wrote another number to its "step", that."""
     count = tl.load(steps + segment)
     if shown is not None:
-        there = tl.load(shown + segment)
-        count = tl.where(count.to(tl.float32) == there, count, there.to(tl.int64))
+        count = true_count(count, tl.load(shown + segment))
     return count
 
 
@@ -359,8 +363,7 @@ def count_steps(segments, groups, steps, shown, n_segments):
         counted = updated & (tl.load(group + STATES, mask=updated, other=0.0) != 0)
         count = tl.load(steps + k, mask=counted, other=0)
         if shown is not None:
-            there = tl.load(shown + k, mask=counted, other=0.0)
-            count = tl.where(count.to(tl.float32) == there, count, there.to(tl.int64))
+            count = true_count(count, tl.load(shown + k, mask=counted, other=0.0))
             tl.store(shown + k, (count + 1).to(tl.float32), mask=counted)
         tl.store(steps + k, count + 1, mask=counted)
 
