@@ -10,10 +10,12 @@ import torch
 from torch import Tensor
 
 from . import checks, flat
-from .backends import BACKENDS, AtenBackend, TritonBackend, explain_backend
+from .aten_backend import AtenBackend
+from .backends import BACKENDS, explain_backend
 from .control import Control
 from .rule import Group, Rule
 from .table import capturing
+from .triton_backend import TritonBackend
 
 State = dict[Tensor, dict[str, Any]]  # torch.optim's
 

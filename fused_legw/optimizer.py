@@ -9,11 +9,10 @@ import torch
 from torch import Tensor
 
 from . import checkpoint, checks
-from .backends import group_lr
 from .control import Control
 from .decays import count
 from .layout import Layout, check_params, named_params
-from .rule import Rule, check_limit
+from .rule import Rule, check_limit, group_lr
 from .schedule import LEGW
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -15,6 +16,7 @@ from .checks import check_not_negative
 from .schedule import LEGW
 
 Group = dict[str, Any]  # one of torch.optim's param_groups
+Gradients = Sequence[Tensor | None]  # one per segment of a bucket, in the parameter's layout
 Hyper = scalars.MomentumHyper | scalars.AdamHyper
 
 
@@ -135,3 +137,10 @@ def norm(x: Tensor) -> float:
     if not 0 < largest < math.inf:
         return largest
     return float(torch.linalg.vector_norm(x.double() / largest)) * largest
+
+
+def group_lr(group: Group, t: int) -> float:
+    """A group's LR at update t."""
+    if group["schedule"] is None:
+        return float(group["lr"])
+    return float(group["schedule"](t) * group.get("lr_scale", 1.0))

@@ -11,9 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from . import reference
-from .backends import group_lr
 from .checks import DTYPES
 from .optimizer import FusedOptimizer
+from .rule import group_lr
 
 Named = list[tuple[str, nn.Parameter]]
 _NONE_PROBABILITY = 1 / 8  # of a gradient that is missing this time

@@ -11,7 +11,7 @@ from cases import legw, make_params, twins
 from conftest import DEVICE
 from torch import Tensor
 
-from fused_legw import LAMB, LARS, SGD, Adam, Cosine, backends, layout, table
+from fused_legw import LAMB, LARS, SGD, Adam, Cosine, aten_backend, layout, table, triton_backend
 
 
 class _Recorded:
@@ -41,7 +41,7 @@ def _recording(monkeypatch: pytest.MonkeyPatch) -> Iterator[_Recorded]:
     with monkeypatch.context() as patch:
         patch.setattr(table, "capturing", lambda device: True)
         patch.setattr(layout, "capturing", lambda device: True)
-        patch.setattr(backends, "capturing", lambda device: True)
+        patch.setattr(triton_backend, "capturing", lambda device: True)
         patch.setattr(table._Staging, "copy", upload)
         patch.setattr(launch, "launch", lambda *args, **constants: graph.work.append(lambda: run(*args, **constants)))
         yield graph
@@ -178,7 +178,7 @@ def test_the_aten_backend_is_not_captured(device, monkeypatch):
     (p,) = make_params(torch.float32, device, [(4,)])
     sgd = SGD([p], lr=legw(), backend="aten")
     _gradients([p], 1.0)
-    monkeypatch.setattr(backends, "capturing", lambda device: True)
+    monkeypatch.setattr(triton_backend, "capturing", lambda device: True)
     with pytest.raises(RuntimeError, match="backend='aten' cannot be captured"):
         sgd.step()
     assert sgd.steps_applied == 0

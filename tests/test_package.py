@@ -19,6 +19,7 @@ PACKAGE = [
     {"schedule", "checks", "table", "control"},
     {"rule", "reference"},
     {"flat"},
+    {"aten_backend", "triton_backend"},
     {"backends"},
     {"layout"},
     {"checkpoint"},

@@ -1,0 +1,192 @@
+"""A step by Triton's kernels on the flat buffers of one device: tables for the launches, and their order."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from legw_kernels.scalars import FIXED, TENSOR32, TENSOR64, Recipe
+
+from .control import Control
+from .flat import MASTER, Bucket
+from .rule import Gradients, Group, Rule
+from .table import Table, capturing
+
+if TYPE_CHECKING:
+    from legw_kernels.launch import Work
+
+_LR_KINDS = {torch.float32: TENSOR32, torch.float64: TENSOR64}
+
+
+class TritonBackend:
+    """A launch per (parameter dtype, gradient dtype), more with norms; LR, norms and all counts stay on the device."""
+
+    name = "triton"
+
+    def __init__(self, rule: Rule, buckets: Sequence[Bucket], groups: Sequence[Group], steps_applied: int) -> None:
+        self.device = device = buckets[0].device
+        self._rule, self.buckets = rule, buckets
+        self.counts = torch.tensor([steps_applied, 0], dtype=torch.int64, device=device)
+        self._milestones, milestones = [], list[int]()
+        for group in groups:
+            passed = group["schedule"].milestones if group["schedule"] else ()
+            self._milestones.append((len(milestones), len(passed)))
+            milestones += passed
+        self._milestone_table = torch.tensor(milestones or [0], dtype=torch.int64, device=device)
+        self._group_table: Table | None = None
+        self._segment_tables: dict[tuple[int, torch.dtype], tuple[Table, Tensor]] = {}
+        self._partials: list[Tensor | None] = [None] * len(buckets)
+        self.norms: Tensor | None = None  # rows of the skeleton; a column per tensor of this device, then others' norms
+        self.nonfinite = torch.zeros(1, dtype=torch.float32, device=device)
+        self._works: list[Work] = []
+
+    def begin(self, groups: Sequence[Group], gradients: Sequence[Gradients], control: Control, others: int) -> None:
+        """Write the tables of one step. gradients: one list per bucket. others: how many other devices take part."""
+        from legw_kernels import launch
+
+        if self._group_table is None and capturing(self.device):  # pinned memory cannot be made in a capture
+            raise RuntimeError("optimizer.step() must run eagerly once before it is captured into a graph")
+        if control.global_norm or self._rule.adapts:
+            self._make_norms(others)
+        group_table = self.write_groups(groups)
+        pairs = [
+            (i, dtype)
+            for i, some in enumerate(gradients)
+            for dtype in sorted({g.dtype for g in some if g is not None}, key=str)
+        ]
+        own = [0]
+        for bucket in self.buckets:
+            own.append(own[-1] + len(bucket.segments))
+        self._works = []
+        grad_scale, found_inf = (control.on(self.device, x) for x in (control.grad_scale, control.found_inf))
+        launched = {i for i, _ in pairs}
+        for i, bucket in enumerate(self.buckets):
+            if self.norms is not None and i not in launched:  # or its last norms would count again
+                self.norms[:3, own[i] : own[i] + len(bucket.segments)].zero_()
+        # A device without any gradient still advances its count, beside the others.
+        for i, dtype in pairs or [(0, self.buckets[0].dtype)]:
+            bucket = self.buckets[i]
+            table, ticket = self._segment_table(i, dtype, len(bucket.segments) * launch.SEGMENT_WIDTH)
+            states = [bucket.state.get(name) for name in self._rule.states] + [None, None]
+            work = launch.Work(
+                rule=self._rule.name,
+                param_dtype=bucket.dtype,
+                grad_dtype=dtype,
+                tile=bucket.tile,
+                segments=table.write(self._rows(bucket, gradients[i], dtype, groups)),
+                tiles=bucket.tiles,
+                groups=group_table,
+                milestones=self._milestone_table,
+                counts=self.counts,
+                steps=bucket.steps,
+                shown=bucket.shown_steps,
+                ticket=ticket,
+                states=(states[0], states[1], states[2]),
+                master=bucket.state.get(MASTER),
+                partials=self._partials[i],
+                norms=self.norms,
+                own=own[i],
+                grad_scale=grad_scale,
+                found_inf=found_inf,
+                nonfinite=self.nonfinite,
+            )
+            self._works.append(work)
+
+    def _rows(self, bucket: Bucket, gradients: Gradients, dtype: torch.dtype, groups: Sequence[Group]) -> list[int]:
+        from legw_kernels import launch
+
+        rows = list[int]()
+        for segment, g in zip(bucket.segments, gradients, strict=True):
+            # An empty tensor has address 0 and is counted all the same; no tile of it is ever read.
+            address = 0 if g is None else (g.data_ptr() or 16) if g.dtype == dtype else -1
+            exempt = self._rule.exempt(groups[segment.group], segment.param)
+            rows += launch.segment_row(segment.param, address, segment.first_tile, segment.group, exempt)
+        return rows
+
+    def measure(self, control: Control, *, updates: bool, gradients: bool, clips: bool) -> None:
+        """Norms by tensor; see `launch.measure`."""
+        from legw_kernels import launch
+
+        for work in self._works:
+            launch.measure(work, updates=updates, gradients=gradients, clips=clips, skips=clips and control.skips)
+
+    def update(self, groups: Sequence[Group], control: Control, *, advance: bool) -> None:
+        """The update. advance: whether this step counts as applied."""
+        from legw_kernels import launch
+
+        for work in self._works:
+            last = advance and work is self._works[-1]
+            launch.update(work, clips=control.clips, skips=control.skips, last=last)
+        self._works = []
+
+    def global_norm(self) -> Tensor:
+        """Of this device's gradients, float64, on the device."""
+        assert self.norms is not None
+        own = sum(len(bucket.segments) for bucket in self.buckets)
+        norm: Tensor = torch.linalg.vector_norm(self.norms[0, :own])
+        return norm
+
+    def take_norms(self, others: Sequence[Tensor]) -> None:
+        """The global norms of the other devices."""
+        assert self.norms is not None
+        for i, other in enumerate(others, self.norms.shape[1] - len(others)):
+            self.norms[0, i].copy_(other, non_blocking=True)
+
+    @property
+    def captured(self) -> bool:
+        """Whether a graph may still replay one of this object's steps."""
+        return any(table.captured for table, _ in self._segment_tables.values())
+
+    def _make_norms(self, others: int) -> None:
+        if self.norms is not None:
+            return
+        if capturing(self.device):
+            raise RuntimeError("norms are new to this optimizer: run optimizer.step() eagerly once before capturing it")
+        columns = sum(len(bucket.segments) for bucket in self.buckets) + others
+        self.norms = torch.zeros(4, columns, dtype=torch.float64, device=self.device)
+        for i, bucket in enumerate(self.buckets):
+            self._partials[i] = torch.zeros(3, max(1, bucket.tiles.numel()), dtype=torch.float64, device=self.device)
+
+    def _segment_table(self, bucket: int, dtype: torch.dtype, numel: int) -> tuple[Table, Tensor]:
+        key = bucket, dtype
+        if key not in self._segment_tables:
+            device = self.counts.device
+            if capturing(device):  # before a ticket is made: its zero would only be recorded
+                raise RuntimeError(f"{dtype} gradients are new: run optimizer.step() eagerly once before capturing it")
+            table = Table(numel, torch.int64, device)
+            self._segment_tables[key] = table, torch.zeros(1, dtype=torch.int32, device=device)
+        return self._segment_tables[key]
+
+    def write_groups(self, groups: Sequence[Group]) -> Tensor:
+        """The group table with the param groups' values as they are now."""
+        from legw_kernels import launch
+
+        rows, on_device = list[float](), list[tuple[int, Tensor]]()
+        for group, milestones in zip(groups, self._milestones, strict=True):
+            lr, schedule = group["lr"], group["schedule"]
+            tensor = lr if isinstance(lr, Tensor) and schedule is None and lr.device == self.counts.device else None
+            if schedule is not None:
+                recipe = schedule.recipe
+                if (scale := group.get("lr_scale", 1.0)) != 1:
+                    recipe = recipe._replace(peak_lr=scale * recipe.peak_lr, slope=scale * recipe.slope)
+            elif tensor is not None and tensor.dtype in _LR_KINDS:
+                recipe = Recipe(_LR_KINDS[tensor.dtype])
+            else:
+                recipe = Recipe(FIXED, float(lr))
+            used, hyper = self._rule.used_states(group), list[float]()
+            x: Tensor | float
+            for x in self._rule.hyper(group):
+                if isinstance(x, Tensor):
+                    on_device.append((len(rows) + launch.HYPER + len(hyper), x))
+                hyper.append(0.0 if isinstance(x, Tensor) else x)
+            states = sum(1 << self._rule.states.index(name) for name in used)
+            rows += launch.group_row(recipe, tensor, milestones, states, self._rule.clip(group), hyper)
+        if self._group_table is None:
+            self._group_table = Table(len(rows), torch.float64, self.counts.device, shared=True)
+        table = self._group_table.write(rows)
+        for i, x in on_device:
+            table[i].copy_(x.reshape(()))
+        return table
