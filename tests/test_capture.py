@@ -178,7 +178,7 @@ def test_the_aten_backend_is_not_captured(device, monkeypatch):
     (p,) = make_params(torch.float32, device, [(4,)])
     sgd = SGD([p], lr=legw(), backend="aten")
     _gradients([p], 1.0)
-    monkeypatch.setattr(triton_backend, "capturing", lambda device: True)
+    monkeypatch.setattr(aten_backend, "capturing", lambda device: True)
     with pytest.raises(RuntimeError, match="backend='aten' cannot be captured"):
         sgd.step()
     assert sgd.steps_applied == 0
