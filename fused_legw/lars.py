@@ -60,8 +60,8 @@ class LARSRule(SGDRule):
             adapt=float(group["adapt"] and not (no_decay and group["weight_decay"] == 0)),
         )
 
-    def exempt(self, group: Group, p: Tensor) -> bool:
-        return p.ndim <= 1 and variants.axes(variants.LARS, group)["not_adapted"] == "vectors"
+    def exempts_vectors(self, group: Group) -> bool:
+        return bool(variants.axes(variants.LARS, group)["not_adapted"] == "vectors")
 
     def measures_clipped(self, group: Group) -> bool:
         return bool(self.hyper(group).norm_of_sum)

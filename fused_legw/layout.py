@@ -94,7 +94,7 @@ class Layout:
         in_use = {p.untyped_storage().data_ptr() for _, p, _ in named_params(groups)}
         made += previous._weights if previous else []
         self._weights: list[Tensor] = [weights for weights in made if weights.data_ptr() in in_use]
-        self._replayed: list[tuple[set[object], list[bool]]] = []  # what each captured step has; see _needs
+        self._replayed: list[set[object]] = []  # what each captured step has; see _needs
         # A captured graph goes on addressing the layout it was captured with.
         self._kept: list[Layout] = []
         if previous is not None:
@@ -208,24 +208,22 @@ class Layout:
         for device in self.devices:
             device.update(groups, control, advance=advance)
 
-    def _needs(self, groups: list[Group]) -> tuple[set[object], list[bool]]:
-        """What the groups' options need beyond values in the group table: kernels, states, exempt tensors."""
+    def _needs(self, groups: list[Group]) -> set[object]:
+        """What the groups' options need beyond values in the group table: kernels and states."""
         needs: set[object] = {(i, name) for i, group in enumerate(groups) for name in self._rule.used_states(group)}
         if self._rule.clips(groups):
             needs.add("clipping")
             if any(map(self._rule.measures_clipped, groups)):
                 needs.add("norms of clipped gradients")
-        return needs, [self._rule.exempt(groups[s.group], s.param) for b in self.buckets for s in b.segments]
+        return needs
 
     def check_replays(self, groups: list[Group]) -> None:
         """Refuse options that a captured step cannot follow."""
-        needs, exempt = self._needs(groups)
-        for had, exempted in self._replayed:
-            if exempt != exempted or not needs <= had:
-                raise RuntimeError(
-                    "an option changed what a step consists of (clipping, state, or which tensors are adapted): "
-                    "make a step, then capture it again"
-                )
+        needs = self._needs(groups)
+        if not all(needs <= had for had in self._replayed):
+            raise RuntimeError(
+                "an option changed what a step consists of (clipping or state): make a step, then capture it again"
+            )
 
     def _measure(self, control: Control, *, updates: bool, gradients: bool, clips: bool) -> None:
         for device in self.devices:
@@ -235,15 +233,15 @@ class Layout:
             for i, device in enumerate(self.devices):
                 device.take_norms(norms[:i] + norms[i + 1 :])
 
-    def norms(self, row: int) -> dict[Tensor, Tensor] | None:
-        """One kind of norm by parameter, from the last step that took any; None if none did."""
+    def norms(self, kind: str) -> dict[Tensor, Tensor] | None:
+        """By parameter, of the last step that took any: its "gradient" or "weight" norm, or its trust "ratio"."""
         found: dict[Tensor, Tensor] = {}
         for device in self.devices:
-            if device.norms is None:
+            norms = device.norms(kind)
+            if norms is None:
                 return None
-            values = iter(device.norms[row].unbind())
-            for bucket in device.buckets:
-                found.update((segment.param, next(values)) for segment in bucket.segments)
+            params = (segment.param for bucket in device.buckets for segment in bucket.segments)
+            found.update(zip(params, norms, strict=True))
         return found
 
     @property

@@ -238,9 +238,9 @@ class FusedOptimizer(torch.optim.Optimizer):
 
     # What the last step found
 
-    def _norms(self, row: int, what: str) -> dict[Tensor, Tensor]:
+    def _norms(self, kind: str, what: str) -> dict[Tensor, Tensor]:
         assert self._layout is not None
-        found = self._layout.norms(row)
+        found = self._layout.norms(kind)
         if found is None:
             raise RuntimeError(f"{what} are not known: {type(self).__name__} has made no step that takes them")
         return found
@@ -248,22 +248,23 @@ class FusedOptimizer(torch.optim.Optimizer):
     def grad_norms(self) -> dict[Tensor, Tensor]:
         """Each parameter's gradient norm at the last step, before clipping, without AMP's scale; 0 where it had none.
 
-        float64 views on the device, which the next step overwrites. LARS and LAMB always take these norms, SGD, Adam
-        and AdamW with max_grad_norm, skip_nonfinite or `GradScaler`. RuntimeError where no step has taken them.
+        float64 tensors on the device, as it is now: ask again after the next step or replay. LARS and LAMB always take
+        these norms, SGD, Adam and AdamW with max_grad_norm, skip_nonfinite or `GradScaler`. RuntimeError where no step
+        has taken them.
         """
-        return self._norms(0, "gradient norms")
+        return self._norms("gradient", "gradient norms")
 
     def param_norms(self) -> dict[Tensor, Tensor]:
         """Each parameter's norm before the last applied step, of LARS and LAMB; otherwise as `grad_norms`."""
         if not self._rule.adapts:
             raise RuntimeError(f"{type(self).__name__} takes no norms of its parameters: LARS and LAMB do")
-        return self._norms(1, "parameter norms")
+        return self._norms("weight", "parameter norms")
 
     def trust_ratios(self) -> dict[Tensor, Tensor]:
         """Each parameter's last trust ratio, of LARS and LAMB; otherwise as `grad_norms`."""
         if not self._rule.adapts:
             raise RuntimeError(f"{type(self).__name__} has no trust ratios: LARS and LAMB do")
-        return self._norms(3, "trust ratios")
+        return self._norms("ratio", "trust ratios")
 
     @property
     def grad_norm(self) -> Tensor:

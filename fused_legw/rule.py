@@ -78,9 +78,13 @@ class Rule:
         """Whether any group clips."""
         return any(self.clip(group)[0] < math.inf for group in groups)
 
+    def exempts_vectors(self, group: Group) -> bool:
+        """Whether tensors of one dimension or none are neither adapted nor decayed."""
+        return False
+
     def exempt(self, group: Group, p: Tensor) -> bool:
         """Whether the parameter is neither adapted nor decayed."""
-        return False
+        return p.ndim <= 1 and self.exempts_vectors(group)
 
     def measures_clipped(self, group: Group) -> bool:
         """Whether the trust ratio needs gradients that are already clipped, and so the global norm before it."""
