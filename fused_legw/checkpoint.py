@@ -12,10 +12,11 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
-from .checks import check_state, check_step
+from .checks import check_state, check_step, naming
 from .decays import count
 from .flat import MASTER, STEP
 from .layout import check_params
+from .rule import check_written_lr
 from .schedule import LEGW
 
 if TYPE_CHECKING:
@@ -58,7 +59,7 @@ def pack(optimizer: FusedOptimizer, state_dict: StateDict) -> StateDict:
 def unpack(optimizer: FusedOptimizer, state_dict: StateDict) -> StateDict:
     """A state dict, ours or torch.optim's, made fit for torch's load_state_dict; raises before anything changes."""
     groups = [dict(group) for group in state_dict["param_groups"]]
-    for group, live in zip(groups, optimizer.param_groups, strict=False):
+    for i, (group, live) in enumerate(zip(groups, optimizer.param_groups, strict=False)):
         if group.get("schedule") is None:  # torch.optim's, or of a run without: the optimizer keeps its own
             group["schedule"] = live["schedule"]
         elif isinstance(group["schedule"], dict):
@@ -67,7 +68,11 @@ def unpack(optimizer: FusedOptimizer, state_dict: StateDict) -> StateDict:
             raise ValueError(f"schedule must be a LEGW, what LEGW.to_dict() gives or None, got {group['schedule']!r}")
         for name, default in optimizer.defaults.items():
             group.setdefault(name, live.get(name, default))
-        optimizer._rule.check(group)
+        label = f"the state dict's param_groups[{i}]"
+        check_written_lr(label, group["lr"])
+        with naming(label):
+            optimizer._rule.check(group)
+        optimizer._rule.complete(group)
     _check_steps(optimizer, groups)
     check_params(optimizer._rule, optimizer.param_groups, {}, optimizer._options["backend"])
     shapes = {
