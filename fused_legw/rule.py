@@ -95,7 +95,7 @@ class Rule:
 
 
 def check_written_lr(label: str, lr: Any) -> None:
-    """Refuse an LR written to a group, or loaded. A negative one is not: some of torch's schedulers round below 0."""
+    """Refuse an LR written to a group, or loaded. Negative ones torch.optim follows: a LambdaLR past its end, say."""
     if isinstance(lr, LEGW):
         raise TypeError(f"{label}['lr'] is {lr}: set {label}['schedule'] instead")
     checks.check_scalar(f"{label}['lr']", lr, low=-math.inf)
@@ -112,12 +112,13 @@ class Written:
 
     def __init__(self, rule: Rule, defaults: Group) -> None:
         self._rule = rule
-        self._options = (*(defaults.keys() - {"lr"}), "lr_scale")
+        self._options = tuple(defaults.keys() - {"lr"})
         self._passed: dict[int, tuple[object, ...]] = {}
 
     def check(self, i: int, group: Group) -> None:
         """Refuse the options of group i, but its LR."""
-        options, passed = tuple(map(group.get, self._options)), self._passed.get(i)
+        options = (group.get("lr_scale", 1.0), *map(group.get, self._options))
+        passed = self._passed.get(i)
         if passed is not None and all(map(operator.is_, options, passed)):
             return
         with checks.naming(f"param_groups[{i}]"):
