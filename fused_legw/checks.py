@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import numbers
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import pairwise
 from typing import Any
@@ -86,7 +86,8 @@ def check_scalar(name: str, value: Any, torchs: str = "", *, low: float = 0.0, b
 
 
 def check_flag(name: str, value: Any) -> None:
-    if not (isinstance(value, numbers.Integral) and value in (0, 1)):
+    """True or False, also as a number or NumPy's; a set looks into no tensor."""
+    if not (isinstance(value, Hashable) and value in {0, 1}):
         raise TypeError(f"{name} must be True or False, got {value!r}")
 
 

@@ -31,9 +31,10 @@ class FusedOptimizer(torch.optim.Optimizer):
 
     In a group that follows a schedule, `param_groups[i]["schedule"]` holds it and can be replaced; ["lr"] and
     ["steps_applied"] show the LR of the last step and the updates that the host knows of, which on a GPU include
-    skipped ones; an "lr_scale" in the group multiplies the schedule's LR. Writing to that "lr" is an error at the next
-    step, but for 0: then state is made for the group's tensors, which do not move, and if all scheduled groups are so
-    written the step does not count (torch.distributed.checkpoint does that, and writes back).
+    skipped ones; an "lr_scale" in the group, a finite number, zero or more, multiplies the schedule's LR. Writing to
+    that "lr" is an error at the next step, but for 0: then state is made for the group's tensors, which do not move,
+    and if all scheduled groups are so written the step does not count (torch.distributed.checkpoint does that, and
+    writes back).
 
     torch.amp.GradScaler hands its scale and inf check to `step` through the attributes grad_scale and found_inf.
     """
@@ -73,7 +74,10 @@ class FusedOptimizer(torch.optim.Optimizer):
     # Param groups and the learning rate
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """As in torch.optim; the group's `lr` may be a LEGW schedule of its own."""
+        """As in torch.optim; the group's `lr` may be a LEGW schedule of its own.
+
+        Raises ValueError, TypeError or RuntimeError, before anything changes, as the constructor does.
+        """
         super().add_param_group(param_group)
         group = self.param_groups[-1]
         try:
@@ -186,7 +190,8 @@ class FusedOptimizer(torch.optim.Optimizer):
         """One update of every parameter that has a gradient; returns the closure's loss, if one is given.
 
         Raises, before anything changes: TypeError or RuntimeError for a gradient that cannot be used (sparse, complex);
-        RuntimeError for a LEGW group whose `lr` was written or is driven by a torch LR scheduler.
+        RuntimeError for a LEGW group whose `lr` was written or is driven by a torch LR scheduler; TypeError or
+        ValueError for an option written to a group that would be refused where a group is made.
         """
         loss = None
         if closure is not None:
@@ -313,7 +318,8 @@ class FusedOptimizer(torch.optim.Optimizer):
         another schedule, set `param_groups[i]["schedule"]` after loading. A dict without one leaves the optimizer's.
 
         Raises ValueError, before anything changes, for a dict without `steps_applied` where a group follows LEGW (set
-        `optimizer.steps_applied` first), and for state of the wrong shape.
+        `optimizer.steps_applied` first), and for state of the wrong shape; ValueError or TypeError for other options
+        than a group can be made with.
         """
         # The last of the hooks, after the user's.
         hook = self.register_load_state_dict_pre_hook(checkpoint.unpack)  # type: ignore[arg-type]

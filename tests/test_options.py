@@ -116,7 +116,7 @@ def test_what_is_refused_everywhere(cls, name, value):
 RIGHT = [
     (SGD, dict(momentum=torch.tensor(0.5), weight_decay=torch.tensor([0.1]), dampening=torch.tensor([[0.1]]))),
     (SGD, dict(maximize=1, nesterov=0, max_grad_norm=math.inf, lr_scale=2, momentum=True, anything="goes")),
-    (LARS, dict(trust_clip=True, adapt=0, trust_coefficient=1, eps=0, momentum=0)),
+    (LARS, dict(trust_clip=torch.ones(1).numpy().astype(bool)[0], adapt=0, trust_coefficient=1, eps=0, momentum=0)),
     (Adam, dict(betas=[0.5, 0.6], amsgrad=1, eps=torch.tensor(1e-3))),
     (Adam, dict(betas=(torch.tensor(0.5), torch.tensor([0.6])), decoupled_weight_decay=True)),
     (LAMB, dict(bias_correction=1, trust_clamp=[0, math.inf], eps=torch.tensor(1e-3), amsgrad="an Adam's key")),
@@ -136,6 +136,7 @@ def test_what_is_taken_everywhere(cls, options):
         others[0][1].step()
         others[1][1].step()
     same(params, others[0][0])
+    assert type(optimizer.param_groups[1].get("betas", ())) is tuple
     assert "anything" not in options or optimizer.param_groups[1]["anything"] == "goes"
 
 
