@@ -72,7 +72,8 @@ def unpack(optimizer: FusedOptimizer, state_dict: StateDict) -> StateDict:
         check_written_lr(label, group["lr"])
         optimizer._rule.complete(group)
     _check_steps(optimizer, groups)
-    check_params(optimizer._rule, optimizer.param_groups, {}, optimizer._options["backend"])
+    as_loaded = [{**live, "lr": group["lr"]} for group, live in zip(groups, optimizer.param_groups, strict=False)]
+    check_params(optimizer._rule, as_loaded, {}, optimizer._options["backend"])
     shapes = {
         i: p.shape
         for group, live in zip(groups, optimizer.param_groups, strict=False)

@@ -199,6 +199,17 @@ def test_an_lr_that_is_none(lr, way, scheduled):
     optimizer.step()
 
 
+def test_an_lr_loaded_on_another_device_changes_nothing():
+    _, optimizer = _made(Adam)
+    before = optimizer.state_dict()
+    bad = copy.deepcopy(before)
+    bad["param_groups"][1].update(lr=ON_A_DEVICE, eps=1.0)
+    with pytest.raises(ValueError, match=r"lr is a tensor on meta, but param_groups\[1\]\['params'\]\[0\] is on cpu"):
+        optimizer.load_state_dict(bad)
+    assert optimizer.state_dict()["param_groups"] == before["param_groups"]
+    optimizer.step()
+
+
 def test_a_negative_lr_that_a_scheduler_wrote_is_torchs():
     """A lambda past its end, say: torch goes on, and a checkpoint of it must load."""
     (p, _), optimizer = _made(SGD)
