@@ -44,7 +44,7 @@ class LARSRule(SGDRule):
                 f"variant {group['variant']!r} defines neither nesterov nor dampening, got "
                 f"nesterov={nesterov!r}, dampening={dampening!r}"
             )
-        if group["eps"] is not None:
+        if group.get("eps") is not None:
             check_number("eps", group["eps"])
 
     def hyper(self, group: Group) -> MomentumHyper:

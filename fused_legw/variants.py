@@ -95,7 +95,7 @@ def check(table: dict[str, Axes], group: Axes, not_adapted: tuple[str, ...]) -> 
     if not (isinstance(variant, str) and variant in table):
         raise ValueError(f"variant must be one of {', '.join(map(repr, table))}, got {variant!r}")
     for axis in table[variant]:
-        value = group[axis]
+        value = group.get(axis)
         if value is None:
             continue
         if axis in CHECKS:
@@ -106,4 +106,5 @@ def check(table: dict[str, Axes], group: Axes, not_adapted: tuple[str, ...]) -> 
 
 def axes(table: dict[str, Axes], group: Axes) -> Axes:
     """A group's axes: its own where set, else its variant's."""
-    return {name: value if group[name] is None else group[name] for name, value in table[group["variant"]].items()}
+    own = {name: group.get(name) for name in table[group["variant"]]}
+    return {name: value if own[name] is None else own[name] for name, value in table[group["variant"]].items()}

@@ -9,7 +9,7 @@ import pytest
 import torch
 from cases import give_gradients, legw, make_params, same, twins
 
-from fused_legw import LAMB, LARS, SGD, Adam, AdamW
+from fused_legw import LAMB, LARS, SGD, Adam, AdamW, variants
 
 NAN, TWO = math.nan, torch.ones(2)
 COMMON = dict(
@@ -138,6 +138,28 @@ def test_what_is_taken_everywhere(cls, options):
     same(params, others[0][0])
     assert type(optimizer.param_groups[1].get("betas", ())) is tuple
     assert "anything" not in options or optimizer.param_groups[1]["anything"] == "goes"
+
+
+@pytest.mark.parametrize("cls", WRONG, ids=lambda cls: cls.__name__)
+def test_a_missing_option_moves_no_group(backend, cls):
+    """An axis that is gone is the variant's, as None; any other is an error before the first group moves."""
+    params = make_params(torch.float32, "cpu", [(3,), (2, 2)])
+    optimizer = cls([dict(params=[p]) for p in params], lr=0.1, backend=backend, tile=16)
+    give_gradients(0, params, skip=False)
+    optimizer.step()
+    group, right = optimizer.param_groups[1], dict(optimizer.param_groups[1])
+    for name in right.keys() - {"params", "foreach", "fused", "capturable", "differentiable", "steps_applied"}:
+        del group[name]
+        before = twins(params)
+        if name in getattr(variants, cls.__name__, {}).get("paper", {}):
+            optimizer.step()
+            assert not torch.equal(params[1], before[1])
+        else:
+            with pytest.raises(KeyError, match=name):
+                optimizer.step()
+            same(params, before)
+        group.update(right)
+    optimizer.step()
 
 
 ON_A_DEVICE = torch.tensor(0.5, device="meta")  # holds no value, as one on a GPU that must not be read
