@@ -12,6 +12,7 @@ from legw_kernels import scalars
 from legw_kernels.scalars import MomentumHyper
 
 from . import variants
+from .checks import check_flag, check_number, unread
 from .optimizer import FusedOptimizer
 from .rule import Group, Tensors, norm, scaled
 from .schedule import LEGW
@@ -34,17 +35,17 @@ class LARSRule(SGDRule):
     adapts = True
 
     def check(self, group: Group) -> None:
-        variants.check(variants.LARS, group, ("nothing", "no_decay", "vectors"))
         super().check(group)
-        plain = group["variant"] in variants.PLAIN_MOMENTUM_ONLY
-        if plain and (group["nesterov"] or group["dampening"] != 0):
+        variants.check(variants.LARS, group, ("nothing", "no_decay", "vectors"))
+        check_flag("adapt", group["adapt"])
+        nesterov, dampening = group["nesterov"], group["dampening"]
+        if group["variant"] in variants.PLAIN_MOMENTUM_ONLY and (nesterov or unread(dampening) or dampening != 0):
             raise ValueError(
                 f"variant {group['variant']!r} defines neither nesterov nor dampening, got "
-                f"nesterov={group['nesterov']!r}, dampening={group['dampening']!r}"
+                f"nesterov={nesterov!r}, dampening={dampening!r}"
             )
-        for name in ("trust_coefficient", "eps"):
-            if group[name] is not None and not group[name] >= 0:
-                raise ValueError(f"{name} must be zero or more, got {group[name]!r}")
+        if group.get("eps") is not None:
+            check_number("eps", group["eps"])
 
     def hyper(self, group: Group) -> MomentumHyper:
         axes = variants.axes(variants.LARS, group)

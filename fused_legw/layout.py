@@ -41,12 +41,14 @@ def check_params(rule: Rule, groups: list[Group], state: State, backend: str | N
     checks.check_overlaps([(name, p) for name, p, _ in named])
 
 
-def _state_changed(segment: flat.Segment, state: State) -> bool:
-    """Whether someone else replaced, added or removed entries of the optimizer's state."""
+def _state_changed(segment: flat.Segment, state: State, names: tuple[str, ...]) -> bool:
+    """Whether someone else replaced, added or removed entries of the optimizer's state. names: those of its rule."""
     own = state.get(segment.param, {})
-    for name, view in segment.state.items():  # noqa: SIM110  # a generator would cost each step more
+    for name, view in segment.state.items():  # a generator would cost each step more
         if own.get(name) is not (view if name in segment.shown else None):
             return True
+    if len(own) > len(segment.shown):  # given where this layout made no room: momentum while that is 0, say
+        return any(own.get(name) is not None and name not in segment.state for name in names)
     return False
 
 
@@ -131,13 +133,8 @@ class Layout:
             segment.param: count
             for bucket in self.buckets
             for segment, count in zip(bucket.segments, bucket.exact_steps(), strict=True)
-            if not _state_changed(segment, state) and not self._given(segment, state)
+            if not _state_changed(segment, state, self._rule.states)
         }
-
-    def _given(self, segment: flat.Segment, state: State) -> bool:
-        """Whether the state holds what this layout made no room for: loaded where momentum had been 0, say."""
-        own = state.get(segment.param, {})
-        return any(own.get(name) is not None and name not in segment.state for name in self._rule.states)
 
     def fresh(self, *, asked: bool = True) -> set[Tensor]:
         """Parameters with state that no step has updated yet; without those whose state was asked for, if not asked."""
@@ -157,7 +154,8 @@ class Layout:
                 return True
             if any(map(operator.is_not, group["params"], params)):
                 return True
-        return any(segment.moved or _state_changed(segment, state) for b in self.buckets for segment in b.segments)
+        names = self._rule.states
+        return any(s.moved or _state_changed(s, state, names) for bucket in self.buckets for s in bucket.segments)
 
     def gradients(self, bucket: flat.Bucket, frozen: set[int]) -> list[Tensor | None]:
         """The gradient of each segment that is to move, in its parameter's layout; its state is made and shown."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -12,13 +13,8 @@ from . import checkpoint, checks
 from .control import Control
 from .decays import count
 from .layout import Layout, check_params, named_params
-from .rule import Rule, check_limit, group_lr
+from .rule import Group, Rule, Written, check_written_lr, group_lr
 from .schedule import LEGW
-
-
-def _check_schedule(group: int, schedule: object) -> None:
-    if schedule is not None and not isinstance(schedule, LEGW):
-        raise ValueError(f"param_groups[{group}]['schedule'] must be a LEGW or None, got {schedule!r}")
 
 
 class FusedOptimizer(torch.optim.Optimizer):
@@ -35,9 +31,10 @@ class FusedOptimizer(torch.optim.Optimizer):
 
     In a group that follows a schedule, `param_groups[i]["schedule"]` holds it and can be replaced; ["lr"] and
     ["steps_applied"] show the LR of the last step and the updates that the host knows of, which on a GPU include
-    skipped ones; an "lr_scale" in the group multiplies the schedule's LR. Writing to that "lr" is an error at the next
-    step, but for 0: then state is made for the group's tensors, which do not move, and if all scheduled groups are so
-    written the step does not count (torch.distributed.checkpoint does that, and writes back).
+    skipped ones; an "lr_scale" in the group, a finite number, zero or more, multiplies the schedule's LR. Writing to
+    that "lr" is an error at the next step, but for 0: then state is made for the group's tensors, which do not move,
+    and if all scheduled groups are so written the step does not count (torch.distributed.checkpoint does that, and
+    writes back).
 
     torch.amp.GradScaler hands its scale and inf check to `step` through the attributes grad_scale and found_inf.
     """
@@ -59,36 +56,48 @@ class FusedOptimizer(torch.optim.Optimizer):
     ) -> None:
         if not isinstance(tile, int) or tile < 16 or tile & (tile - 1):
             raise ValueError(f"tile must be a power of two, 16 or more, got {tile!r}")
-        self._rule.check(defaults)
+        for name, flag in dict(skip_nonfinite=skip_nonfinite, flatten=flatten, master_weights=master_weights).items():
+            checks.check_flag(name, flag)
+        defaults = {**defaults, "schedule": None}
+        self._check_made(dict(defaults))
         self._options: dict[str, Any] = dict(backend=backend, flatten=flatten, master_weights=master_weights, tile=tile)
         self.skip_nonfinite = skip_nonfinite
         self._layout: Layout | None = None
         self._shown_lr: dict[int, float] = {}  # by id of the group: what we wrote to its "lr"
         self._host_steps = 0  # what the host knows of steps_applied without asking a device
         self._steps_given = False
-        super().__init__(params, {**defaults, "schedule": None})
+        self._written = Written(self._rule, defaults)
+        super().__init__(params, defaults)
         self.register_state_dict_post_hook(checkpoint.pack)  # type: ignore[arg-type]
         self._adopt()
 
     # Param groups and the learning rate
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """As in torch.optim; the group's `lr` may be a LEGW schedule of its own."""
+        """As in torch.optim; the group's `lr` may be a LEGW schedule of its own.
+
+        Raises ValueError, TypeError or RuntimeError, before anything changes, as the constructor does.
+        """
         super().add_param_group(param_group)
         group = self.param_groups[-1]
         try:
-            self._rule.check(group)
+            with checks.naming(f"param_groups[{len(self.param_groups) - 1}]"):
+                self._check_made(group)
             self._rule.complete(group)
-            _check_schedule(len(self.param_groups) - 1, group["schedule"])
             if self._layout is not None:
                 check_params(self._rule, self.param_groups, self.state, self._options["backend"])
         except BaseException:
             self.param_groups.pop()
             raise
-        if isinstance(group["lr"], LEGW):
-            group["schedule"], group["lr"] = group["lr"], 0.0
         if self._layout is not None:
             self._adopt()
+
+    def _check_made(self, group: Group) -> None:
+        """Refuse the options of a group that is being made; a schedule given as its LR goes where it belongs."""
+        if isinstance(group["lr"], LEGW):
+            group["schedule"], group["lr"] = group["lr"], 0.0
+        self._rule.check(group)
+        self._rule.check_made(group)
 
     @property
     def steps_applied(self) -> int:
@@ -130,13 +139,9 @@ class FusedOptimizer(torch.optim.Optimizer):
         frozen = set()
         for i, group in enumerate(self.param_groups):
             lr, schedule, shown = group["lr"], group["schedule"], self._shown_lr.get(id(group))
-            _check_schedule(i, schedule)
-            if schedule is None and isinstance(lr, LEGW):
-                raise TypeError(f"param_groups[{i}]['lr'] was set to {lr}: set param_groups[{i}]['schedule'] instead")
-            checks.check_number_or_tensor(f"param_groups[{i}]['lr']", lr if schedule is None else 0.0)
-            checks.check_number_or_tensor(f"param_groups[{i}]['lr_scale']", group.get("lr_scale", 1.0))
-            self._rule.hyper(group)
-            check_limit(group["max_grad_norm"])
+            self._written.check(i, group)
+            if not (type(lr) is float and math.isfinite(lr)):  # at every step, so without a call where it is one
+                check_written_lr(f"param_groups[{i}]", lr)
             if schedule is not None and hasattr(self.step, "_wrapped_by_lr_sched"):
                 raise RuntimeError(
                     f"param_groups[{i}] follows {schedule}, but a torch LR scheduler was made for this optimizer: "
@@ -185,7 +190,8 @@ class FusedOptimizer(torch.optim.Optimizer):
         """One update of every parameter that has a gradient; returns the closure's loss, if one is given.
 
         Raises, before anything changes: TypeError or RuntimeError for a gradient that cannot be used (sparse, complex);
-        RuntimeError for a LEGW group whose `lr` was written or is driven by a torch LR scheduler.
+        RuntimeError for a LEGW group whose `lr` was written or is driven by a torch LR scheduler; TypeError or
+        ValueError for an option written to a group that would be refused where a group is made.
         """
         loss = None
         if closure is not None:
@@ -313,7 +319,8 @@ class FusedOptimizer(torch.optim.Optimizer):
         another schedule, set `param_groups[i]["schedule"]` after loading. A dict without one leaves the optimizer's.
 
         Raises ValueError, before anything changes, for a dict without `steps_applied` where a group follows LEGW (set
-        `optimizer.steps_applied` first), and for state of the wrong shape.
+        `optimizer.steps_applied` first), and for state of the wrong shape; ValueError or TypeError for other options
+        than a group can be made with.
         """
         # The last of the hooks, after the user's.
         hook = self.register_load_state_dict_pre_hook(checkpoint.unpack)  # type: ignore[arg-type]
@@ -342,6 +349,7 @@ class FusedOptimizer(torch.optim.Optimizer):
         super().__setstate__({**state, "state": checkpoint.unbox(state["state"])})
         if copied:
             self._layout, self._host_steps, self._steps_given = None, 0, False
+            self._written = Written(self._rule, self.defaults)
             self.register_state_dict_post_hook(checkpoint.pack)  # type: ignore[arg-type]
         self._shown_lr = {}
         self._host_steps = self.steps_applied if steps_applied is None else steps_applied
