@@ -132,18 +132,6 @@ def check_state(label: str, state: Mapping[str, Any], names: Iterable[str], shap
             raise ValueError(f"{label}[{name!r}] has {found}, but its parameter has shape {tuple(shape)}")
 
 
-def usable_gradient(p: Tensor) -> bool:
-    """Whether `check_gradient` has nothing to say; asked of every parameter at every step."""
-    g = p.grad
-    return g is None or (
-        type(g) is Tensor
-        and g.dtype in DTYPES
-        and g.layout is torch.strided
-        and g.shape == p.shape
-        and g.device == p.device
-    )
-
-
 def check_gradient(name: str, p: Tensor) -> None:
     gradient = p.grad
     if gradient is not None:

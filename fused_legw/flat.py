@@ -8,14 +8,20 @@ are updated by the same launch.
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from .checks import DTYPES
+
 MASTER = "master_param"
 STEP = "step"
+_DTYPE_OF, _DEVICE_OF = operator.attrgetter("dtype"), operator.attrgetter("device")
+_USUAL_KINDS, _USUAL_DTYPES = {Tensor, type(None)}, set(DTYPES)
 MOST_CHUNKS = 4096
 
 
@@ -102,6 +108,8 @@ class Bucket:
         self.chunks = torch.tensor(owner, dtype=torch.int32, device="cpu").to(tables_device)
         self.steps = torch.zeros(len(params), dtype=torch.int64, device=tables_device)
         self.shown_steps: Tensor | None = None
+        self.params = [p for p, _ in params]
+        self.waiting = set(range(len(params)))  # segments whose state optimizer.state does not hold yet
         self.weights: Tensor | None = None
         self.state: dict[str, Tensor] = {}
 
@@ -152,8 +160,47 @@ class Bucket:
             assert self.weights is not None
             p.data = self.weights.as_strided(p.shape, p.stride(), offset).copy_(p)
             offset += self._tiles_of(p) * self.tile
+        self.note_places()
+
+    def note_places(self) -> None:
+        """Remember where each parameter is now."""
         for segment in self.segments:
             segment.place = place_of(segment.param)
+        self.addresses = list(map(Tensor.data_ptr, self.params))
+        self._strides = list(map(Tensor.stride, self.params))
+        self._sizes = list(map(Tensor.numel, self.params))
+        self._contiguous = all(map(Tensor.is_contiguous, self.params))
+
+    # Every step asks what follows, so it is done in a few passes at the speed of C, a Python call for none of the
+    # tensors. A parameter given another shape at the same address is seen by the gradient that then comes with it.
+
+    @property
+    def moved(self) -> bool:
+        """Whether a parameter's memory is no longer where it was."""
+        return list(map(Tensor.data_ptr, self.params)) != self.addresses
+
+    def usual(self, gradients: list[Tensor | None]) -> bool:
+        """Whether every gradient there is can be read as it is, in the order of its parameter's elements."""
+        kinds = set(map(type, gradients))
+        if not kinds <= _USUAL_KINDS:
+            return False
+        seen: list[Any] = gradients
+        if type(None) in kinds:
+            seen = [p if g is None else g for p, g in zip(self.params, gradients, strict=True)]
+        try:
+            in_order = (
+                all(map(Tensor.is_contiguous, seen))
+                if self._contiguous
+                else list(map(Tensor.stride, seen)) == self._strides
+            )
+        except RuntimeError:  # sparse tensors have no strides
+            return False
+        return (
+            in_order
+            and list(map(Tensor.numel, seen)) == self._sizes
+            and set(map(_DTYPE_OF, seen)) <= _USUAL_DTYPES
+            and set(map(_DEVICE_OF, seen)) <= {self.device}
+        )
 
 
 def in_layout_of(p: Tensor, gradient: Tensor) -> Tensor:

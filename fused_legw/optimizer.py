@@ -198,32 +198,40 @@ class FusedOptimizer(torch.optim.Optimizer):
             with torch.enable_grad():
                 loss = closure()
         frozen = self._check_groups()
-        if not all(checks.usable_gradient(p) for group in self.param_groups for p in group["params"]):
+        layout = self._current_layout()
+        raw = layout.raw_gradients()
+        usual = all(bucket.usual(gradients) for bucket, gradients in zip(layout.buckets, raw, strict=True))
+        if not usual:
             for name, p, _ in named_params(self.param_groups):
                 checks.check_gradient(name, p)
-        self._update(self._current_layout(), frozen)
+            layout = self._current_layout(thorough=True)
+            raw = layout.raw_gradients()
+        if any(g is not None for gradients in raw for g in gradients):
+            self._update(layout, layout.gradients(raw, frozen, usual=usual), frozen)
         return loss
 
-    def _current_layout(self) -> Layout:
+    def _current_layout(self, *, thorough: bool = False) -> Layout:
         """The flat buffers, rebuilt if anything is not what or where it was."""
         assert self._layout is not None
-        if self._layout.stale(self.param_groups, self.state):
+        if self._layout.stale(self.param_groups, self.state, thorough=thorough):
             self._layout.refuse_under_capture("a parameter, its state or a schedule was replaced")
             self._adopt()
         return self._layout
 
-    def _update(self, layout: Layout, frozen: set[int]) -> None:
-        gradients = [[layout.gradients(bucket, frozen) for bucket in device.buckets] for device in layout.devices]
-        if all(g is None for of_device in gradients for of_bucket in of_device for g in of_bucket):
+    def _update(self, layout: Layout, gradients: list[list[Tensor | None]], frozen: set[int]) -> None:
+        moved = [
+            p
+            for bucket, some in zip(layout.buckets, gradients, strict=True)
+            for p, g in zip(bucket.params, some, strict=True)
+            if g is not None
+        ]
+        if not moved:
             return
         scheduled = {i for i, group in enumerate(self.param_groups) if group["schedule"] is not None}
         advance = not scheduled or not scheduled <= frozen
         layout.step(self.param_groups, gradients, self._control(), advance=advance)
-        for device, of_device in zip(layout.devices, gradients, strict=True):
-            for bucket, of_bucket in zip(device.buckets, of_device, strict=True):
-                # Autograd must see the change: it refuses a backward pass through what was saved before.
-                moved = [s.param for s, g in zip(bucket.segments, of_bucket, strict=True) if g is not None]
-                torch.autograd.graph.increment_version(moved)
+        # Autograd must see the change: it refuses a backward pass through what was saved before.
+        torch.autograd.graph.increment_version(moved)
         if advance and not layout.capturing:
             self._host_steps = self.steps_applied if layout.counts_on_host else self._host_steps + 1
             self._show_lr()

@@ -29,12 +29,10 @@ class _Norms(NamedTuple):
 
 
 def _addresses(bucket: Bucket, gradients: Gradients, dtype: torch.dtype) -> list[int]:
-    """Rows of the address table, for the gradients of one dtype."""
-    rows = list[int]()
-    for segment, g in zip(bucket.segments, gradients, strict=True):
-        # An empty tensor has address 0 and is counted all the same; no tile of it is ever read.
-        rows += segment.param.data_ptr(), 0 if g is None else (g.data_ptr() or 16) if g.dtype == dtype else -1
-    return rows
+    """The address table, for the gradients of one dtype."""
+    # An empty tensor has address 0 and is counted all the same; no tile of it is ever read.
+    own = [0 if g is None else (g.data_ptr() or 16) if g.dtype == dtype else -1 for g in gradients]
+    return bucket.addresses + own
 
 
 class TritonBackend:

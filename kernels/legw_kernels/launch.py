@@ -154,7 +154,7 @@ def measure(work: Work, *, updates: bool, gradients: bool, clips: bool, skips: b
         measure_kernel, work.chunks.device, grid,
         work.segments, work.addresses, work.chunks, work.groups, work.milestones, work.counts, work.steps, work.shown,
         *work.states, work.master, work.partials, work.totals, work.grad_scale, work.found_inf,
-        n_chunks, _runs(n_chunks, grid), work.n_totals, work.first_total,
+        n_chunks, _runs(n_chunks, grid), work.steps.numel(), work.n_totals, work.first_total,
         PREPARE=rule.prepare, ADVANCE=rule.advance, MEASURE=rule.measure if updates else None, STORE=rule.two_stage,
         GRADIENTS=gradients, GLOBAL=clips or skips, SKIP=skips, **work.dtypes, **options(work.param_dtype),
     )  # fmt: skip

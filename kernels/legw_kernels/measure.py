@@ -5,12 +5,9 @@ import triton.language as tl
 
 from .norms import add_square, root, tile_norm
 from .tables import (
-    ADDRESS,
-    ADDRESS_WIDTH,
     CHUNK_TILES,
     FIRST_CHUNK,
     FIRST_TILE,
-    GRADIENT,
     NUMEL,
     SEGMENT_WIDTH,
     UPDATE_NORM,
@@ -24,13 +21,13 @@ from .tiles import load_state, load_tile, load_weight, store_state
 
 @triton.jit
 def measure_tile(
-    tile, row, where, h, used, apply, state_a, state_b, state_c, master,
+    tile, row, where, n_segments, h, used, apply, state_a, state_b, state_c, master,
     ADVANCE: tl.constexpr, MEASURE: tl.constexpr, STORE: tl.constexpr, GRADIENTS: tl.constexpr,
     PARAM: tl.constexpr, GRAD: tl.constexpr, COMPUTE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Norms of one tile of gradient, weight and update, 0 for what is not asked for; with STORE its advanced states."""
-    address = tl.load(where + ADDRESS)  # for each tile anew, as in `update_tile`
-    gradient = tl.load(where + GRADIENT)
+    address = tl.load(where)  # for each tile anew, as in `update_tile`
+    gradient = tl.load(where + n_segments)
     start = tile * BLOCK
     n = tl.load(row + NUMEL) - start
     wide = (n >= BLOCK) & ((address | gradient) % 16 == 0)
@@ -72,10 +69,10 @@ def _chunk_norm(total, COMPUTE: tl.constexpr):
     return tl.sqrt(total) if tl.float32 == COMPUTE else total
 
 
-@triton.jit(do_not_specialize=["n_chunks", "n_runs", "n_totals", "first_total"])
+@triton.jit(do_not_specialize=["n_chunks", "n_runs", "n_segments", "n_totals", "first_total"])
 def measure_kernel(
     segments, addresses, chunks, groups, milestones, counts, steps, shown, state_a, state_b, state_c, master, partials,
-    totals, grad_scale, found_inf, n_chunks, n_runs, n_totals, first_total,
+    totals, grad_scale, found_inf, n_chunks, n_runs, n_segments, n_totals, first_total,
     PREPARE: tl.constexpr, ADVANCE: tl.constexpr, MEASURE: tl.constexpr, STORE: tl.constexpr,
     GRADIENTS: tl.constexpr, GLOBAL: tl.constexpr, SKIP: tl.constexpr,
     PARAM: tl.constexpr, GRAD: tl.constexpr, COMPUTE: tl.constexpr, BLOCK: tl.constexpr,
@@ -92,8 +89,8 @@ def measure_kernel(
         while chunk < stop:
             segment = tl.load(chunks + chunk).to(tl.int64)
             row = segments + segment * SEGMENT_WIDTH
-            where = addresses + segment * ADDRESS_WIDTH
-            gradient = tl.load(where + GRADIENT)
+            where = addresses + segment
+            gradient = tl.load(where + n_segments)
             size = tl.load(row + CHUNK_TILES)
             start = (chunk - tl.load(row + FIRST_CHUNK)) * size  # in tiles of this tensor
             n_tiles = (tl.load(row + NUMEL) + BLOCK - 1) // BLOCK
@@ -109,7 +106,7 @@ def measure_kernel(
                     x_total = none
                     for i in range(tl.minimum(size, n_tiles - start)):
                         g_norm, w_norm, x_norm = measure_tile(
-                            start + i, row, where, h, used, apply,
+                            start + i, row, where, n_segments, h, used, apply,
                             state_a, state_b, state_c, master,
                             ADVANCE, MEASURE, STORE, GRADIENTS, PARAM, GRAD, COMPUTE, BLOCK,
                         )  # fmt: skip

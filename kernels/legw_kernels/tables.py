@@ -1,7 +1,8 @@
 """The tables that the kernels read, and the scalars of an update that come from them.
 
 segments   int64, a row per tensor: how long it is, where its tiles and chunks begin, which group
-addresses  int64, a row per tensor: of its parameter and of its gradient, the one table that may change every step
+addresses  int64[2, tensors]: of each parameter's first element and its gradient's (0: it has none this time; -1: it is
+           in another launch); the one table that may change every step
 chunks     int32, one entry per chunk, some tiles of one tensor: the tensor it belongs to
 groups     float64, a row per param group: where the LR comes from, then clipping, then the hyper-parameters
 counts     int64[2]: updates applied on this device, the t of the schedule; steps skipped
@@ -26,11 +27,6 @@ CHUNK_TILES = tl.constexpr(3)  # tiles of a chunk; the tensor's last may have fe
 GROUP = tl.constexpr(4)
 IS_VECTOR = tl.constexpr(5)  # 1: of one dimension or none
 SEGMENT_WIDTH = tl.constexpr(6)
-
-# Columns of an address row.
-ADDRESS = tl.constexpr(0)  # of the parameter's first element
-GRADIENT = tl.constexpr(1)  # of the gradient's first element; 0: no gradient this time; -1: in another launch
-ADDRESS_WIDTH = tl.constexpr(2)
 
 # Columns of a group's row: the recipe's fields in their order, then these.
 LR_ADDRESS = tl.constexpr(10)  # of a device tensor that holds the LR

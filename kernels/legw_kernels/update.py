@@ -7,12 +7,9 @@ import triton
 import triton.language as tl
 
 from .tables import (
-    ADDRESS,
-    ADDRESS_WIDTH,
     CHUNK_TILES,
     FIRST_CHUNK,
     FIRST_TILE,
-    GRADIENT,
     GROUP,
     GROUP_WIDTH,
     NUMEL,
@@ -27,15 +24,18 @@ from .tiles import load_state, load_tile, load_weight, store_state, store_tile
 
 @triton.jit
 def update_tile(
-    tile, row, where, h, used, state_a, state_b, state_c, master,
+    tile, row, where, n_segments, h, used, state_a, state_b, state_c, master,
     ADVANCE: tl.constexpr, DIRECTION: tl.constexpr, ADVANCED: tl.constexpr,
     PARAM: tl.constexpr, GRAD: tl.constexpr, COMPUTE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Update one tile of one tensor. tile: among the tensor's own. row, where: its rows of the tables."""
+    """Update one tile of one tensor.
+
+    tile: among the tensor's own. row: its segment. where: its parameter's address, n_segments before its gradient's.
+    """
     # Loaded for each tile anew: what does not change from tile to tile the compiler would keep in registers, and of an
     # address it would make a pointer for each element.
-    address = tl.load(where + ADDRESS)
-    gradient = tl.load(where + GRADIENT)
+    address = tl.load(where)
+    gradient = tl.load(where + n_segments)
     start = tile * BLOCK
     n = tl.load(row + NUMEL) - start
     wide = (n >= BLOCK) & ((address | gradient) % 16 == 0)
@@ -66,8 +66,7 @@ def count_steps(segments, addresses, groups, steps, shown, n_segments):
     """Advance the own count of every tensor that was updated."""
     for base in range(0, n_segments, 128):
         k = base + tl.arange(0, 128)
-        gradient = addresses + k.to(tl.int64) * ADDRESS_WIDTH + GRADIENT
-        updated = tl.load(gradient, mask=k < n_segments, other=0) > 0
+        updated = tl.load(addresses + n_segments + k, mask=k < n_segments, other=0) > 0
         row = segments + k.to(tl.int64) * SEGMENT_WIDTH
         group = groups + tl.load(row + GROUP, mask=updated, other=0) * GROUP_WIDTH
         counted = updated & (tl.load(group + STATES, mask=updated, other=0.0) != 0)
@@ -100,10 +99,10 @@ def update_kernel(
             while stop > low:
                 segment = tl.load(chunks + stop - 1).to(tl.int64)
                 row = segments + segment * SEGMENT_WIDTH
-                where = addresses + segment * ADDRESS_WIDTH
+                where = addresses + segment
                 first_chunk = tl.load(row + FIRST_CHUNK)
                 first = tl.maximum(low, first_chunk)
-                if tl.load(where + GRADIENT) > 0:
+                if tl.load(where + n_segments) > 0:
                     size = tl.load(row + CHUNK_TILES)
                     # In tiles of this tensor.
                     begins = (first - first_chunk) * size
@@ -118,7 +117,7 @@ def update_kernel(
                             tl.store(ratios + segment, h.ratio.to(tl.float64))
                     for i in range(1, ends - begins + 1):
                         update_tile(
-                            ends - i, row, where, h, used, state_a, state_b, state_c, master,
+                            ends - i, row, where, n_segments, h, used, state_a, state_b, state_c, master,
                             ADVANCE, DIRECTION, ADVANCED, PARAM, GRAD, COMPUTE, BLOCK,
                         )  # fmt: skip
                 stop = first
