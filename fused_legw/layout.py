@@ -162,7 +162,7 @@ class Layout:
         return thorough and any(segment.moved for bucket in self.buckets for segment in bucket.segments)
 
     def _state_changed(self, state: State) -> bool:
-        """Whether someone else changed the optimizer's state; looked at one by one only where it holds other objects."""
+        """Whether someone else changed the optimizer's state; entry by entry only where it holds other objects."""
         held = [*state, *chain.from_iterable(map(dict.values, state.values()))]
         if len(held) == len(self._held) and all(map(operator.is_, held, self._held)):
             return False
