@@ -23,7 +23,15 @@ class AtenBackend:
     name = "aten"
     captured = False
 
-    def __init__(self, rule: Rule, buckets: Sequence[Bucket], groups: Sequence[Group], steps_applied: int) -> None:
+    def __init__(
+        self,
+        rule: Rule,
+        buckets: Sequence[Bucket],
+        groups: Sequence[Group],
+        steps_applied: int,
+        *,
+        carry_norms: bool = False,
+    ) -> None:
         self.device = buckets[0].device
         self._rule, self.buckets = rule, buckets
         self.counts = torch.tensor([steps_applied, 0], dtype=torch.int64, device="cpu")
@@ -55,6 +63,9 @@ class AtenBackend:
 
     def global_norm(self) -> Tensor:
         return torch.tensor(self._norm, dtype=torch.float64, device="cpu")
+
+    def weights_changed(self) -> None:
+        """Nothing: every step takes the norms of the weights."""
 
     def norms(self, kind: str) -> list[Tensor] | None:
         """One kind of norm of each tensor, bucket by bucket; None before any were taken."""

@@ -65,12 +65,15 @@ class Layout:
         backend: str | None,
         flatten: bool,
         master_weights: bool,
+        carry_norms: bool,
         tile: int,
         steps_applied: int,
         previous: Layout | None,
     ) -> None:
         """rule, groups, state: the optimizer's. previous: the layout this one replaces."""
         self._rule, self._groups, self._state = rule, groups, state
+        self._carries = carry_norms
+        self._versions = list[int]()  # of the parameters after the last step, where norms are carried over from it
         self._held = list[object]()  # what `state` held when it was last looked at
         self._used = list[tuple[str, ...]]()  # the state that each group used in the last step
         self._built_for = [(group["schedule"], list(group["params"])) for group in groups]
@@ -93,7 +96,7 @@ class Layout:
         skipped = {device.device: int(device.counts[1]) for device in previous.devices} if previous else {}
         for device, name in chosen.items():
             own = [bucket for bucket in self.buckets if bucket.device == device]
-            self.devices.append(BACKENDS[name](rule, own, groups, steps_applied))
+            self.devices.append(BACKENDS[name](rule, own, groups, steps_applied, carry_norms=carry_norms))
             self.devices[-1].counts[1] = skipped.get(device, 0)
         made = [bucket.weights for bucket in self.buckets if bucket.weights is not None]
         in_use = {p.untyped_storage().data_ptr() for _, p, _ in named_params(groups)}
@@ -170,6 +173,19 @@ class Layout:
             return True
         self._held = held
         return False
+
+    def see_versions(self) -> None:
+        """If parameters have changed since the last step, their norms that it left are of no use."""
+        if self._carries and self._versions != self._versions_now():
+            for device in self.devices:
+                device.weights_changed()
+
+    def note_versions(self) -> None:
+        if self._carries:
+            self._versions = self._versions_now()
+
+    def _versions_now(self) -> list[int]:
+        return [p._version for bucket in self.buckets for p in bucket.params]
 
     def raw_gradients(self) -> list[list[Tensor | None]]:
         """What `grad` each parameter has, by bucket."""

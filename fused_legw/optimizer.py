@@ -52,15 +52,19 @@ class FusedOptimizer(torch.optim.Optimizer):
         backend: str | None = None,
         flatten: bool = True,
         master_weights: bool = True,
+        carry_norms: bool = False,
         tile: int = 1024,
     ) -> None:
         if not isinstance(tile, int) or tile < 16 or tile & (tile - 1):
             raise ValueError(f"tile must be a power of two, 16 or more, got {tile!r}")
-        for name, flag in dict(skip_nonfinite=skip_nonfinite, flatten=flatten, master_weights=master_weights).items():
+        options = dict(flatten=flatten, master_weights=master_weights, carry_norms=carry_norms)
+        for name, flag in {**options, "skip_nonfinite": skip_nonfinite}.items():
             checks.check_flag(name, flag)
+        if carry_norms and not self._rule.carries:
+            raise TypeError(f"carry_norms=True: {type(self).__name__} has no norms to carry over, LARS does")
         defaults = {**defaults, "schedule": None}
         self._check_made(dict(defaults))
-        self._options: dict[str, Any] = dict(backend=backend, flatten=flatten, master_weights=master_weights, tile=tile)
+        self._options: dict[str, Any] = {"backend": backend, **options, "tile": tile}
         self.skip_nonfinite = skip_nonfinite
         self._layout: Layout | None = None
         self._shown_lr: dict[int, float] = {}  # by id of the group: what we wrote to its "lr"
@@ -229,9 +233,11 @@ class FusedOptimizer(torch.optim.Optimizer):
             return
         scheduled = {i for i, group in enumerate(self.param_groups) if group["schedule"] is not None}
         advance = not scheduled or not scheduled <= frozen
+        layout.see_versions()
         layout.step(self.param_groups, gradients, self._control(), advance=advance)
         # Autograd must see the change: it refuses a backward pass through what was saved before.
         torch.autograd.graph.increment_version(moved)
+        layout.note_versions()
         if advance and not layout.capturing:
             self._host_steps = self.steps_applied if layout.counts_on_host else self._host_steps + 1
             self._show_lr()
@@ -309,6 +315,11 @@ class FusedOptimizer(torch.optim.Optimizer):
         self._layout.check_replays(self.param_groups)
         for device in self._layout.devices:
             device.write_groups(self.param_groups)
+
+    def weights_changed(self) -> None:
+        """Tell LARS with carry_norms=True that weights were changed in a way that it cannot see; see there."""
+        for device in self._layout.devices if self._layout else ():
+            device.weights_changed()
 
     # Checkpoints and copies
 

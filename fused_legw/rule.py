@@ -26,7 +26,8 @@ class Rule:
 
     name: the kernels' rule, in `legw_kernels.rules.RULES`. states: torch's names, in that rule's order. counts: whether
     optimizer.state holds each parameter's "step". adapts: whether updates have a trust ratio. two_stage: whether the
-    states advance as that is measured, which a global norm must come before.
+    states advance as that is measured, which a global norm must come before. carries: whether the norms of the weights
+    may be carried over from the last step.
     """
 
     name: str
@@ -34,6 +35,7 @@ class Rule:
     counts = False
     adapts = False
     two_stage = False
+    carries = False
 
     def check(self, group: Group) -> None:
         """Raise for options of the wrong kind or out of range, however they came into the group; LRs are checked apart.

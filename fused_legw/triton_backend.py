@@ -27,6 +27,17 @@ class _Norms(NamedTuple):
     partials: Tensor
     ratios: Tensor
 
+    def clear(self) -> None:
+        self.partials.zero_()
+        self.forget_weights()
+
+    def forget_weights(self) -> None:
+        """Of what the last update left."""
+        from legw_kernels import tables
+
+        if len(self.partials) > tables.WEIGHT_NORM.value + 1:
+            self.partials[tables.WEIGHT_NORM.value :].fill_(tables.UNKNOWN.value)
+
 
 def _addresses(bucket: Bucket, gradients: Gradients, dtype: torch.dtype) -> list[int]:
     """The address table, for the gradients of one dtype."""
@@ -40,7 +51,15 @@ class TritonBackend:
 
     name = "triton"
 
-    def __init__(self, rule: Rule, buckets: Sequence[Bucket], groups: Sequence[Group], steps_applied: int) -> None:
+    def __init__(
+        self,
+        rule: Rule,
+        buckets: Sequence[Bucket],
+        groups: Sequence[Group],
+        steps_applied: int,
+        *,
+        carry_norms: bool = False,
+    ) -> None:
         from legw_kernels import launch
 
         self.device = device = buckets[0].device
@@ -64,6 +83,7 @@ class TritonBackend:
         self._address_tables: dict[tuple[int, torch.dtype], tuple[Table, Tensor]] = {}
         self._norms: list[_Norms] = []  # of each bucket, once needed
         self._totals: Tensor | None = None
+        self._turn = torch.zeros(1, dtype=torch.int32, device=device) if carry_norms else None
         self._n_totals = self._others = 0
         self.nonfinite = torch.zeros(1, dtype=torch.float32, device=device)
         self._works: list[Work] = []
@@ -81,10 +101,8 @@ class TritonBackend:
             for i, some in enumerate(gradients)
             for dtype in sorted({g.dtype for g in some if g is not None}, key=str)
         ]
-        launched = {i for i, _ in pairs}
-        for i, norms in enumerate(self._norms):
-            if i not in launched:  # or its last norms would be shown again
-                norms.partials.zero_()
+        for i in set(range(len(self._norms))) - {i for i, _ in pairs}:  # or their last norms would be shown again
+            self._norms[i].clear()
         self._n_totals, self._works = self._others, []
         # A device without any gradient still advances its count, beside the others.
         for i, dtype in pairs or [(0, self.buckets[0].dtype)]:
@@ -117,6 +135,7 @@ class TritonBackend:
             states=(states[0], states[1], states[2]),
             master=bucket.state.get(MASTER),
             partials=norms and norms.partials,
+            turn=self._turn,
             totals=self._totals,
             first_total=self._n_totals,
             n_totals=0,
@@ -141,8 +160,14 @@ class TritonBackend:
         from legw_kernels import launch
 
         for work in self._works:
-            last = advance and work is self._works[-1]
-            launch.update(work, clips=control.clips, skips=control.skips, clipped=self._clipped, last=last)
+            launch.update(
+                work,
+                clips=control.clips,
+                skips=control.skips,
+                clipped=self._clipped,
+                last=work is self._works[-1],
+                advances=advance,
+            )
         self._works = []
 
     def global_norm(self) -> Tensor:
@@ -168,9 +193,16 @@ class TritonBackend:
             if kind == "ratio":
                 found += norms.ratios.clone().unbind()
             else:
-                row = ("gradient", "weight").index(kind)
-                found += launch.tensor_norms(segments, norms.partials, row, bucket.dtype, bucket.tile).unbind()
+                row = {"gradient": 0, "weight": 2}[kind]
+                found += launch.tensor_norms(
+                    segments, norms.partials, self._turn, row, bucket.dtype, bucket.tile
+                ).unbind()
         return found
+
+    def weights_changed(self) -> None:
+        """Measure the weights' norms anew in the next step, where they are carried over from the last."""
+        for norms in self._norms:
+            norms.forget_weights()
 
     @property
     def captured(self) -> bool:
@@ -184,11 +216,12 @@ class TritonBackend:
             return
         if capturing(self.device):
             raise RuntimeError("norms are new to this optimizer: run optimizer.step() eagerly once before capturing it")
-        self._others, size = others, others
+        self._others, size, rows = others, others, 3 if self._turn is None else 4
         for bucket in self.buckets:
-            partials = torch.zeros(3, max(1, bucket.chunks.numel()), dtype=torch.float64, device=self.device)
+            partials = torch.zeros(rows, max(1, bucket.chunks.numel()), dtype=torch.float64, device=self.device)
             ratios = torch.zeros(len(bucket.segments), dtype=torch.float64, device=self.device)
             self._norms.append(_Norms(partials, ratios))
+            self._norms[-1].clear()
             # A launch for each dtype that its gradients may have.
             size += len(launch.DTYPES) * launch.programs(bucket.chunks, bucket.dtype)
         self._totals = torch.zeros(size, dtype=torch.float64, device=self.device)

@@ -42,8 +42,8 @@ class Compiled:
 _POINTERS = {
     "segments": "*i64", "addresses": "*i64", "chunks": "*i32", "groups": "*fp64", "milestones": "*i64",
     "counts": "*i64", "steps": "*i64", "shown": "*fp32", "ticket": "*i32", "master": "*fp32", "partials": "*fp64",
-    "totals": "*fp64", "ratios": "*fp64", "norms": "*fp64", "grad_scale": "*fp32", "found_inf": "*fp32",
-    "nonfinite": "*fp32",
+    "turn": "*i32", "totals": "*fp64", "ratios": "*fp64", "norms": "*fp64", "grad_scale": "*fp32",
+    "found_inf": "*fp32", "nonfinite": "*fp32",
 }  # fmt: skip
 _STATES = {"sgd": 1, "lars": 1, "adam": 2, "lamb": 2}
 
@@ -51,7 +51,8 @@ _STATES = {"sgd": 1, "lars": 1, "adam": 2, "lamb": 2}
 def compile_kernel(
     target: str, kernel: str = "update", rule: str = "sgd", param: str = "fp32", grad: str | None = None, *,
     states: int | None = None, master: bool = False, clips: bool = False, clipped: bool = False, skips: bool = False,
-    scaled: bool = False, last: bool = True, updates: bool | None = None, gradients: bool = True, tile: int = 1024,
+    scaled: bool = False, carry: bool = False, last: bool = True, updates: bool | None = None, gradients: bool = True,
+    tile: int = 1024,
 ) -> Compiled:  # fmt: skip
     """A kernel as `launch` would have it compiled for one (parameter dtype, gradient dtype)."""
     compute = "fp64" if param == "fp64" else "fp32"
@@ -62,10 +63,17 @@ def compile_kernel(
         "PREPARE": device_rule.prepare, "ADVANCE": device_rule.advance, "DIRECTION": device_rule.direction,
         "MEASURE": device_rule.measure if updates else None, "STORE": device_rule.two_stage,
         "ADVANCED": device_rule.two_stage, "GRADIENTS": gradients, "CLIPPED": clipped,
-        "GLOBAL": clips or skips, "SKIP": skips, "LAST": last, "PARAM": _TYPES[param], "GRAD": _TYPES[grad or param],
+        "GLOBAL": clips or skips, "SKIP": skips, "LAST": last, "ADVANCES": True,
+        "PARAM": _TYPES[param], "GRAD": _TYPES[grad or param],
         "COMPUTE": _TYPES[compute], "BLOCK": tile, "KIND": 0,
     }  # fmt: skip
-    absent = {"shown": rule in ("sgd", "lars"), "master": not master, "grad_scale": not scaled, "found_inf": not scaled}
+    absent = {
+        "turn": not carry,
+        "shown": rule in ("sgd", "lars"),
+        "master": not master,
+        "grad_scale": not scaled,
+        "found_inf": not scaled,
+    }
     absent |= {f"state_{name}": i >= states for i, name in enumerate("abc")}
     function = getattr(update if kernel == "update" else measure, f"{kernel}_kernel")
     names = [p.name for p in function.params]

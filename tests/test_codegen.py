@@ -22,6 +22,10 @@ VARIANTS = {
     "SGD, not the last launch": ("update", dict(last=False), 3, 2),
     "SGD, everything": ("update", EVERYTHING, 3, 2),
     "LARS": ("update", dict(rule="lars"), 3, 2),
+    "LARS, norms carried": ("update", dict(rule="lars", carry=True), 3, 2),
+    "LARS bf16, everything, norms carried": (
+        "update", dict(rule="lars", param="bf16", master=True, carry=True, **EVERYTHING), 4, 3
+    ),
     "LARS bf16, everything": ("update", dict(rule="lars", param="bf16", master=True, **EVERYTHING), 4, 3),
     "LARS fp64, everything": ("update", dict(rule="lars", param="fp64", **EVERYTHING), 3, 2),
     "Adam": ("update", dict(rule="adam"), 4, 3),
@@ -32,6 +36,7 @@ VARIANTS = {
     "gradient norms": ("measure", dict(updates=False), 1, 0),
     "gradient norms fp64": ("measure", dict(updates=False, param="fp64"), 1, 0),
     "LARS's norms": ("measure", dict(rule="lars"), 2, 0),
+    "LARS's norms, carried": ("measure", dict(rule="lars", carry=True), 2, 0),
     "LARS's norms bf16, everything": ("measure", dict(rule="lars", param="bf16", master=True, **EVERYTHING), 3, 0),
     "LARS's norms fp64, everything": ("measure", dict(rule="lars", param="fp64", **EVERYTHING), 2, 0),
     "LAMB's moments": ("measure", dict(rule="lamb"), 4, 2),

@@ -112,6 +112,7 @@ class Work:
     states: tuple[Tensor | None, Tensor | None, Tensor | None]
     master: Tensor | None
     partials: Tensor | None
+    turn: Tensor | None
     totals: Tensor | None
     first_total: int
     n_totals: int
@@ -153,40 +154,42 @@ def measure(work: Work, *, updates: bool, gradients: bool, clips: bool, skips: b
     launch(
         measure_kernel, work.chunks.device, grid,
         work.segments, work.addresses, work.chunks, work.groups, work.milestones, work.counts, work.steps, work.shown,
-        *work.states, work.master, work.partials, work.totals, work.grad_scale, work.found_inf,
+        *work.states, work.master, work.partials, work.turn, work.totals, work.grad_scale, work.found_inf,
         n_chunks, _runs(n_chunks, grid), work.steps.numel(), work.n_totals, work.first_total,
         PREPARE=rule.prepare, ADVANCE=rule.advance, MEASURE=rule.measure if updates else None, STORE=rule.two_stage,
         GRADIENTS=gradients, GLOBAL=clips or skips, SKIP=skips, **work.dtypes, **options(work.param_dtype),
     )  # fmt: skip
 
 
-def update(work: Work, *, clips: bool, skips: bool, clipped: bool, last: bool) -> None:
+def update(work: Work, *, clips: bool, skips: bool, clipped: bool, last: bool, advances: bool) -> None:
     """The update itself.
 
     clipped: whether what was measured for trust ratios was clipped already. last: whether it is the step's last launch
-    on the device, which advances `counts`.
+    on the device. advances: whether that launch advances `counts`.
     """
     rule, n_chunks = RULES[work.rule], work.chunks.numel()
     grid = programs(work.chunks, work.param_dtype)
     launch(
         update_kernel, work.chunks.device, grid,
         work.segments, work.addresses, work.chunks, work.groups, work.milestones, work.counts, work.steps, work.shown,
-        work.ticket, *work.states, work.master, work.partials, work.totals, work.ratios,
+        work.ticket, *work.states, work.master, work.partials, work.turn, work.totals, work.ratios,
         work.grad_scale, work.found_inf, work.nonfinite,
         n_chunks, _runs(n_chunks, grid), work.steps.numel(), work.n_totals,
         PREPARE=rule.prepare, ADVANCE=rule.advance, DIRECTION=rule.direction, MEASURE=rule.measure,
-        ADVANCED=rule.two_stage, CLIPPED=clipped, GLOBAL=clips or skips, SKIP=skips, LAST=last,
+        ADVANCED=rule.two_stage, CLIPPED=clipped, GLOBAL=clips or skips, SKIP=skips, LAST=last, ADVANCES=advances,
         **work.dtypes, **options(work.param_dtype),
     )  # fmt: skip
 
 
-def tensor_norms(segments: Tensor, partials: Tensor, kind: int, param_dtype: torch.dtype, tile: int) -> Tensor:
+def tensor_norms(
+    segments: Tensor, partials: Tensor, turn: Tensor | None, kind: int, param_dtype: torch.dtype, tile: int
+) -> Tensor:
     """float64, one per tensor: the norms of one kind, a row of `partials`."""
     n = segments.numel() // tables.SEGMENT_WIDTH.value
     norms = torch.empty(n, dtype=torch.float64, device=segments.device)
     grid = max(1, min(n, _most_programs(segments.device, torch.float32)))
     launch(
-        reduce_kernel, segments.device, grid, segments, partials, norms, partials.shape[1], n,
+        reduce_kernel, segments.device, grid, segments, partials, turn, norms, partials.shape[1], n,
         KIND=kind, COMPUTE=compute_dtype(param_dtype), BLOCK=tile, **options(torch.float32),
     )  # fmt: skip
     return norms

@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from .norms import add_square, root, tile_norm
+from .norms import add_square, add_tile, chunk_norm, root, tile_norm
 from .tables import (
     CHUNK_TILES,
     FIRST_CHUNK,
@@ -15,13 +15,14 @@ from .tables import (
     begin,
     prepare,
     tensor_norm,
+    weight_row,
 )
 from .tiles import load_state, load_tile, load_weight, store_state
 
 
 @triton.jit
 def measure_tile(
-    tile, row, where, n_segments, h, used, apply, state_a, state_b, state_c, master,
+    tile, row, where, n_segments, h, used, apply, measures_weight, state_a, state_b, state_c, master,
     ADVANCE: tl.constexpr, MEASURE: tl.constexpr, STORE: tl.constexpr, GRADIENTS: tl.constexpr,
     PARAM: tl.constexpr, GRAD: tl.constexpr, COMPUTE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
@@ -40,8 +41,11 @@ def measure_tile(
     if MEASURE is not None:
         at = tl.load(row + FIRST_TILE) * BLOCK + start + tl.arange(0, BLOCK)
         g = g * h.scale
-        w = load_weight(load_tile(address, start, n, wide, PARAM, BLOCK), master, at, COMPUTE)
-        w_norm = tile_norm(w)
+        w = g
+        if measures_weight | h.reads_weight:
+            w = load_weight(load_tile(address, start, n, wide, PARAM, BLOCK), master, at, COMPUTE)
+        if measures_weight:
+            w_norm = tile_norm(w)
         if STORE:
             a = load_state(state_a, at, used & 1, g)
             b = load_state(state_b, at, used & 2, g)
@@ -58,21 +62,10 @@ def measure_tile(
     return g_norm, w_norm, x_norm
 
 
-@triton.jit
-def _add_tile(total, norm, COMPUTE: tl.constexpr):
-    """Towards a chunk's norm: squares add up. A chunk of float64, whose squares may overflow, is a single tile."""
-    return total + norm * norm if tl.float32 == COMPUTE else norm
-
-
-@triton.jit
-def _chunk_norm(total, COMPUTE: tl.constexpr):
-    return tl.sqrt(total) if tl.float32 == COMPUTE else total
-
-
 @triton.jit(do_not_specialize=["n_chunks", "n_runs", "n_segments", "n_totals", "first_total"])
 def measure_kernel(
     segments, addresses, chunks, groups, milestones, counts, steps, shown, state_a, state_b, state_c, master, partials,
-    totals, grad_scale, found_inf, n_chunks, n_runs, n_segments, n_totals, first_total,
+    turn, totals, grad_scale, found_inf, n_chunks, n_runs, n_segments, n_totals, first_total,
     PREPARE: tl.constexpr, ADVANCE: tl.constexpr, MEASURE: tl.constexpr, STORE: tl.constexpr,
     GRADIENTS: tl.constexpr, GLOBAL: tl.constexpr, SKIP: tl.constexpr,
     PARAM: tl.constexpr, GRAD: tl.constexpr, COMPUTE: tl.constexpr, BLOCK: tl.constexpr,
@@ -97,35 +90,42 @@ def measure_kernel(
             last = tl.minimum(stop, chunk + (n_tiles - start + size - 1) // size)
             if gradient > 0:
                 h, used = prepare(
-                    segment, row, inverse, norm, counts, groups, milestones, steps, shown, partials, n_chunks,
+                    segment, row, inverse, norm, counts, groups, milestones, steps, shown, partials, turn, n_chunks,
                     PREPARE, GLOBAL, False, MEASURE, GLOBAL, COMPUTE, BLOCK,
                 )  # fmt: skip
                 for k in range(last - chunk):
+                    partial = partials + chunk + k
+                    weight_partial = partial + weight_row(turn, 0) * n_chunks
+                    measures_weight = tl.full([], True, tl.int1)
+                    if turn is not None:
+                        measures_weight = not (tl.load(weight_partial) >= 0)  # UNKNOWN, or NaN
                     g_total = none
                     w_total = none
                     x_total = none
                     for i in range(tl.minimum(size, n_tiles - start)):
                         g_norm, w_norm, x_norm = measure_tile(
-                            start + i, row, where, n_segments, h, used, apply,
+                            start + i, row, where, n_segments, h, used, apply, measures_weight,
                             state_a, state_b, state_c, master,
                             ADVANCE, MEASURE, STORE, GRADIENTS, PARAM, GRAD, COMPUTE, BLOCK,
                         )  # fmt: skip
-                        g_total = _add_tile(g_total, g_norm, COMPUTE)
-                        w_total = _add_tile(w_total, w_norm, COMPUTE)
-                        x_total = _add_tile(x_total, x_norm, COMPUTE)
-                    partial = partials + chunk + k
+                        g_total = add_tile(g_total, g_norm, COMPUTE)
+                        w_total = add_tile(w_total, w_norm, COMPUTE)
+                        x_total = add_tile(x_total, x_norm, COMPUTE)
                     if GRADIENTS:
-                        g_total = _chunk_norm(g_total, COMPUTE) * inverse.to(tl.float64)
+                        g_total = chunk_norm(g_total, COMPUTE) * inverse.to(tl.float64)
                         tl.store(partial, g_total)
                         small, middle, large = add_square(small, middle, large, g_total, tl.float64 == COMPUTE)
                     if MEASURE is not None:
-                        tl.store(partial + WEIGHT_NORM * n_chunks, _chunk_norm(w_total, COMPUTE))
-                        tl.store(partial + UPDATE_NORM * n_chunks, _chunk_norm(x_total, COMPUTE))
+                        tl.store(partial + UPDATE_NORM * n_chunks, chunk_norm(x_total, COMPUTE))
+                        if measures_weight:
+                            tl.store(weight_partial, chunk_norm(w_total, COMPUTE))
                     start += size
             if gradient == 0:
                 for k in range(last - chunk):
-                    for kind in tl.static_range(3):
-                        tl.store(partials + kind * n_chunks + chunk + k, none)
+                    tl.store(partials + chunk + k, none)
+                    tl.store(partials + UPDATE_NORM * n_chunks + chunk + k, none)
+                    if turn is None:
+                        tl.store(partials + WEIGHT_NORM * n_chunks + chunk + k, none)
             chunk = last
     if GRADIENTS:
         tl.store(totals + first_total + tl.program_id(0), root(small, middle, large, tl.float64 == COMPUTE))
@@ -133,10 +133,25 @@ def measure_kernel(
 
 @triton.jit(do_not_specialize=["n_chunks", "n_segments"])
 def reduce_kernel(
-    segments, partials, norms, n_chunks, n_segments, KIND: tl.constexpr, COMPUTE: tl.constexpr, BLOCK: tl.constexpr
+    segments,
+    partials,
+    turn,
+    norms,
+    n_chunks,
+    n_segments,
+    KIND: tl.constexpr,
+    COMPUTE: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):
     """Norms of one kind of all tensors, for whoever wants to see them."""
+    kind = tl.cast(KIND, tl.int32)
+    if KIND == WEIGHT_NORM:
+        kind = weight_row(turn, 1)  # of before the last update
     for segment in range(tl.program_id(0), n_segments, tl.num_programs(0)):
         segment = tl.cast(segment, tl.int64)
         row = segments + segment * SEGMENT_WIDTH
-        tl.store(norms + segment, tensor_norm(partials, n_chunks, row, KIND, COMPUTE, BLOCK))
+        norm = tensor_norm(partials, n_chunks, row, kind, COMPUTE, BLOCK)
+        if turn is not None:
+            if tl.load(partials + kind * n_chunks + tl.load(row + FIRST_CHUNK)) < 0:
+                norm = tl.full([], 0.0, tl.float64)
+        tl.store(norms + segment, norm)

@@ -41,6 +41,17 @@ def tile_norm(x):
 
 
 @triton.jit
+def add_tile(total, norm, COMPUTE: tl.constexpr):
+    """Towards a chunk's norm: squares add up. A chunk of float64, whose squares may overflow, is a single tile."""
+    return total + norm * norm if tl.float32 == COMPUTE else norm
+
+
+@triton.jit
+def chunk_norm(total, COMPUTE: tl.constexpr):
+    return tl.sqrt(total) if tl.float32 == COMPUTE else total
+
+
+@triton.jit
 def add_square(small, middle, large, x, RANGES: tl.constexpr):
     """Add x^2 to the sum of its range, small and large values scaled; without RANGES all are middling."""
     if RANGES:

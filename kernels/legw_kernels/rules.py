@@ -35,7 +35,8 @@ class _Momentum(NamedTuple):
     scale: float
     outer: float
     ratio: float
-    reads_state: bool  # whether `measure` needs the states
+    reads_state: bool  # whether `measure` needs the states,
+    reads_weight: bool  # and the weight
     inner: float
     weight_decay: float
     momentum: float
@@ -50,6 +51,7 @@ class _Adam(NamedTuple):
     outer: float
     ratio: float
     reads_state: bool
+    reads_weight: bool
     coupled_decay: float
     decay: float
     beta1: float
@@ -73,6 +75,7 @@ def sgd_prepare(hyper, lr, count, scale, exempt, w_norm, x_norm, MEASURES: tl.co
         scale * tl.load(hyper + 4).to(COMPUTE),
         lr.to(COMPUTE),
         one,
+        count < 0,
         count < 0,
         one,
         tl.load(hyper).to(COMPUTE),
@@ -112,6 +115,7 @@ def lars_prepare(hyper, lr, count, scale, exempt, w_norm, x_norm, MEASURES: tl.c
         outer,
         ratio,
         form == _POPULAR,
+        norm_of_sum != 0,
         inner,
         decay * (1 - exempt).to(COMPUTE),
         tl.load(hyper + 1).to(COMPUTE),
@@ -175,6 +179,7 @@ def _adam_prepare(hyper, lr, count, scale, ratio, amsgrad, MOMENTS: tl.constexpr
         step * ratio,
         ratio,
         count < 0,
+        count >= 0,
         decay * (1 - decoupled),
         decay * decoupled,
         beta1.to(COMPUTE),

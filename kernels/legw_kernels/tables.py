@@ -8,7 +8,9 @@ groups     float64, a row per param group: where the LR comes from, then clippin
 counts     int64[2]: updates applied on this device, the t of the schedule; steps skipped
 steps      int64, one per tensor: its own counted updates. shown: float32, the same for optimizer.state["step"]
 ticket     int32[1], zero between launches
-partials   float64[3, chunks]: norms of each chunk of the gradient (without AMP's scale), the weight, the update
+partials   float64[3, chunks]: norms of each chunk of the gradient (without AMP's scale), the update, the weight; with
+           carried norms a fourth row, for the weight after the update
+turn       int32[1]: whether the weights' norms as they are now are in the third row or the fourth; or None
 totals     float64: norms of other devices' gradients, then of what each program measured on this one
 ratios     float64, one per tensor: its trust ratio
 """
@@ -41,8 +43,10 @@ GROUP_WIDTH = tl.constexpr(32)
 
 # Rows of `partials`.
 GRADIENT_NORM = tl.constexpr(0)
-WEIGHT_NORM = tl.constexpr(1)
-UPDATE_NORM = tl.constexpr(2)
+UPDATE_NORM = tl.constexpr(1)
+WEIGHT_NORM = tl.constexpr(2)  # with carried norms this row and the next take turns
+
+UNKNOWN = tl.constexpr(-1.0)  # stands for the norm of a weight that no update has left
 
 NORMS_BLOCK = tl.constexpr(256)  # norms that are added up at a time
 
@@ -132,7 +136,16 @@ def begin(
 
 
 @triton.jit
-def tensor_norm(partials, n_chunks, row, kind: tl.constexpr, COMPUTE: tl.constexpr, TILE: tl.constexpr):
+def weight_row(turn, next: tl.constexpr):
+    """The row of `partials` with the norms of the weights; next: for those after this update."""
+    kind = WEIGHT_NORM
+    if turn is not None:
+        kind = WEIGHT_NORM + (tl.load(turn) ^ next)
+    return kind
+
+
+@triton.jit
+def tensor_norm(partials, n_chunks, row, kind, COMPUTE: tl.constexpr, TILE: tl.constexpr):
     """The norm of one tensor, from those of its chunks."""
     tiles = tl.load(row + CHUNK_TILES) * TILE
     n = (tl.load(row + NUMEL) + tiles - 1) // tiles
@@ -141,7 +154,7 @@ def tensor_norm(partials, n_chunks, row, kind: tl.constexpr, COMPUTE: tl.constex
 
 @triton.jit
 def prepare(
-    segment, row, inverse, norm, counts, groups, milestones, steps, shown, partials, n_chunks,
+    segment, row, inverse, norm, counts, groups, milestones, steps, shown, partials, turn, n_chunks,
     PREPARE: tl.constexpr, GLOBAL: tl.constexpr, UPDATES: tl.constexpr, MEASURE: tl.constexpr, CLIPPED: tl.constexpr,
     COMPUTE: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
@@ -157,7 +170,7 @@ def prepare(
     x_norm = clip * 0
     if UPDATES:
         if MEASURE is not None:
-            w_norm = _narrow(tensor_norm(partials, n_chunks, row, WEIGHT_NORM, COMPUTE, TILE), COMPUTE)
+            w_norm = _narrow(tensor_norm(partials, n_chunks, row, weight_row(turn, 0), COMPUTE, TILE), COMPUTE)
             x_norm = _narrow(tensor_norm(partials, n_chunks, row, UPDATE_NORM, COMPUTE, TILE), COMPUTE)
             if not CLIPPED:
                 x_norm *= clip

@@ -6,6 +6,7 @@ Order comes from the order of launches alone, but for the counts, which the last
 import triton
 import triton.language as tl
 
+from .norms import add_tile, chunk_norm, tile_norm
 from .tables import (
     CHUNK_TILES,
     FIRST_CHUNK,
@@ -18,6 +19,7 @@ from .tables import (
     begin,
     prepare,
     true_count,
+    weight_row,
 )
 from .tiles import load_state, load_tile, load_weight, store_state, store_tile
 
@@ -25,10 +27,10 @@ from .tiles import load_state, load_tile, load_weight, store_state, store_tile
 @triton.jit
 def update_tile(
     tile, row, where, n_segments, h, used, state_a, state_b, state_c, master,
-    ADVANCE: tl.constexpr, DIRECTION: tl.constexpr, ADVANCED: tl.constexpr,
+    ADVANCE: tl.constexpr, DIRECTION: tl.constexpr, ADVANCED: tl.constexpr, CARRY: tl.constexpr,
     PARAM: tl.constexpr, GRAD: tl.constexpr, COMPUTE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Update one tile of one tensor.
+    """Update one tile of one tensor; with CARRY the norm of its weights then, else 0.
 
     tile: among the tensor's own. row: its segment. where: its parameter's address, n_segments before its gradient's.
     """
@@ -52,13 +54,18 @@ def update_tile(
         a, b, c = ADVANCE(w, g, a, b, c, h)
     w = w - h.outer * DIRECTION(w, g, a, b, c, h)
 
-    store_tile(address, start, n, wide, w.to(PARAM), PARAM, BLOCK)
+    p = w.to(PARAM)
+    store_tile(address, start, n, wide, p, PARAM, BLOCK)
     if master is not None:
         tl.store(master + at, w)
     if not ADVANCED:
         store_state(state_a, at, used & 1, a)
         store_state(state_b, at, used & 2, b)
         store_state(state_c, at, used & 4, c)
+    norm = tl.full([], 0.0, tl.float64)
+    if CARRY:
+        norm = tile_norm(w if master is not None else p.to(COMPUTE))
+    return norm
 
 
 @triton.jit
@@ -77,49 +84,95 @@ def count_steps(segments, addresses, groups, steps, shown, n_segments):
         tl.store(steps + k, count + 1, mask=counted)
 
 
+@triton.jit
+def update_chunks(
+    segment, row, where, first, stop, inverse, norm, groups, milestones, counts, steps, shown,
+    state_a, state_b, state_c, master, partials, turn, ratios, n_chunks, n_segments,
+    PREPARE: tl.constexpr, ADVANCE: tl.constexpr, DIRECTION: tl.constexpr, MEASURE: tl.constexpr,
+    ADVANCED: tl.constexpr, CLIPPED: tl.constexpr, GLOBAL: tl.constexpr,
+    PARAM: tl.constexpr, GRAD: tl.constexpr, COMPUTE: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Update the chunks of one tensor from stop - 1 down to first."""
+    # Once for all tiles: the LR alone is some sixty operations in float64.
+    h, used = prepare(
+        segment, row, inverse, norm, counts, groups, milestones, steps, shown, partials, turn, n_chunks,
+        PREPARE, GLOBAL and not ADVANCED, True, MEASURE, CLIPPED, COMPUTE, BLOCK,
+    )  # fmt: skip
+    first_chunk = tl.load(row + FIRST_CHUNK)
+    size = tl.load(row + CHUNK_TILES)
+    tiles = (tl.load(row + NUMEL) + BLOCK - 1) // BLOCK
+    if MEASURE is not None:
+        if first == first_chunk:
+            tl.store(ratios + segment, h.ratio.to(tl.float64))
+    for back in range(1, stop - first + 1):
+        chunk = stop - back
+        begins = (chunk - first_chunk) * size
+        ends = tl.minimum(begins + size, tiles)
+        total = tl.full([], 0.0, tl.float64)
+        for i in range(1, ends - begins + 1):
+            after = update_tile(
+                ends - i, row, where, n_segments, h, used, state_a, state_b, state_c, master,
+                ADVANCE, DIRECTION, ADVANCED, turn is not None, PARAM, GRAD, COMPUTE, BLOCK,
+            )  # fmt: skip
+            total = add_tile(total, after, COMPUTE)
+        if turn is not None:
+            tl.store(partials + weight_row(turn, 1) * n_chunks + chunk, chunk_norm(total, COMPUTE))
+
+
+@triton.jit
+def carry_over(first, stop, partials, turn, n_chunks):
+    """Take the norms of weights along that this step leaves as they are."""
+    for chunk in range(first, stop):
+        norm = tl.load(partials + weight_row(turn, 0) * n_chunks + chunk)
+        tl.store(partials + weight_row(turn, 1) * n_chunks + chunk, norm)
+
+
+@triton.jit
+def advance(counts, turn, apply, ADVANCES: tl.constexpr):
+    """What the last program of a step on this device does."""
+    if apply:
+        if ADVANCES:
+            tl.store(counts, tl.load(counts) + 1)
+        if turn is not None:
+            tl.store(turn, tl.load(turn) ^ 1)
+    elif ADVANCES:
+        tl.store(counts + 1, tl.load(counts + 1) + 1)
+
+
 @triton.jit(do_not_specialize=["n_chunks", "n_runs", "n_segments", "n_totals"])
 def update_kernel(
     segments, addresses, chunks, groups, milestones, counts, steps, shown, ticket, state_a, state_b, state_c, master,
-    partials, totals, ratios, grad_scale, found_inf, nonfinite, n_chunks, n_runs, n_segments, n_totals,
+    partials, turn, totals, ratios, grad_scale, found_inf, nonfinite, n_chunks, n_runs, n_segments, n_totals,
     PREPARE: tl.constexpr, ADVANCE: tl.constexpr, DIRECTION: tl.constexpr, MEASURE: tl.constexpr,
     ADVANCED: tl.constexpr, CLIPPED: tl.constexpr, GLOBAL: tl.constexpr, SKIP: tl.constexpr, LAST: tl.constexpr,
-    PARAM: tl.constexpr, GRAD: tl.constexpr, COMPUTE: tl.constexpr, BLOCK: tl.constexpr,
+    ADVANCES: tl.constexpr, PARAM: tl.constexpr, GRAD: tl.constexpr, COMPUTE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """One optimizer step over all chunks, last to first: what was measured last may still be in the cache.
 
     MEASURE: None without trust ratios. ADVANCED: the states are the next update's already. CLIPPED: what was measured
-    for the ratios was clipped. LAST: no launch of this step follows on this device.
+    for the ratios was clipped. LAST: no launch of this step follows on this device. ADVANCES: the step counts.
     """
     apply, finite, inverse, norm = begin(totals, n_totals, grad_scale, found_inf, GLOBAL, SKIP, COMPUTE)
     if apply:
-        for back in range(tl.program_id(0), n_runs, tl.num_programs(0)):
-            run = n_runs - 1 - tl.cast(back, tl.int64)
+        for job in range(tl.program_id(0), n_runs, tl.num_programs(0)):
+            run = n_runs - 1 - tl.cast(job, tl.int64)
             low = run * n_chunks // n_runs
             stop = (run + 1) * n_chunks // n_runs
             while stop > low:
                 segment = tl.load(chunks + stop - 1).to(tl.int64)
                 row = segments + segment * SEGMENT_WIDTH
                 where = addresses + segment
-                first_chunk = tl.load(row + FIRST_CHUNK)
-                first = tl.maximum(low, first_chunk)
-                if tl.load(where + n_segments) > 0:
-                    size = tl.load(row + CHUNK_TILES)
-                    # In tiles of this tensor.
-                    begins = (first - first_chunk) * size
-                    ends = tl.minimum((stop - first_chunk) * size, (tl.load(row + NUMEL) + BLOCK - 1) // BLOCK)
-                    # Once for all tiles: the LR alone is some sixty operations in float64.
-                    h, used = prepare(
-                        segment, row, inverse, norm, counts, groups, milestones, steps, shown, partials, n_chunks,
-                        PREPARE, GLOBAL and not ADVANCED, True, MEASURE, CLIPPED, COMPUTE, BLOCK,
+                first = tl.maximum(low, tl.load(row + FIRST_CHUNK))
+                gradient = tl.load(where + n_segments)
+                if gradient > 0:
+                    update_chunks(
+                        segment, row, where, first, stop, inverse, norm, groups, milestones, counts, steps, shown,
+                        state_a, state_b, state_c, master, partials, turn, ratios, n_chunks, n_segments,
+                        PREPARE, ADVANCE, DIRECTION, MEASURE, ADVANCED, CLIPPED, GLOBAL, PARAM, GRAD, COMPUTE, BLOCK,
                     )  # fmt: skip
-                    if MEASURE is not None:
-                        if first == first_chunk:
-                            tl.store(ratios + segment, h.ratio.to(tl.float64))
-                    for i in range(1, ends - begins + 1):
-                        update_tile(
-                            ends - i, row, where, n_segments, h, used, state_a, state_b, state_c, master,
-                            ADVANCE, DIRECTION, ADVANCED, PARAM, GRAD, COMPUTE, BLOCK,
-                        )  # fmt: skip
+                if turn is not None:
+                    if gradient == 0:
+                        carry_over(first, stop, partials, turn, n_chunks)
                 stop = first
     # Every warp has read the counts before this program takes its ticket; without the barrier one warp could take it
     # while another has not, and read a count that is already the next step's.
@@ -129,9 +182,6 @@ def update_kernel(
         if apply:
             count_steps(segments, addresses, groups, steps, shown, n_segments)
         if LAST:
-            if apply:
-                tl.store(counts, tl.load(counts) + 1)
-            else:
-                tl.store(counts + 1, tl.load(counts + 1) + 1)
+            advance(counts, turn, apply, ADVANCES)
             if GLOBAL:
                 tl.store(nonfinite, 1.0 - finite.to(tl.float32))
