@@ -106,9 +106,10 @@ class Run:
 
     def _say(self, name: str) -> None:
         """On a terminal, who is being made ready: compiling takes its time."""
-        reporter: Any = self.config.pluginmanager.get_plugin("terminalreporter")
+        plugin: Any = self.config.pluginmanager.get_plugin
+        reporter = plugin("terminalreporter")
         if reporter and reporter.isatty:
-            with self.config.pluginmanager.get_plugin("capturemanager").global_and_fixture_disabled():
+            with plugin("capturemanager").global_and_fixture_disabled():
                 reporter.write(f"[{name}] ")
 
 

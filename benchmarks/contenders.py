@@ -99,16 +99,18 @@ def _rows(family: str) -> list[Contender]:
     row = partial(Contender, family=family)
     rows = [row("ours-triton", make=_ours(family, "triton"))]
     adapts, adam = family in ("lars", "lamb"), family in ("adam", "adamw")
+    foreach: dict[str, Any] = {} if adapts else dict(foreach=True)
     if not adapts:
         rows.append(row("torch-fused", make=_torch(family, fused=True)))
-    rows.append(row("torch-foreach", make=_torch(family, **({} if adapts else dict(foreach=True)))))
+    rows.append(row("torch-foreach", make=_torch(family, **foreach)))
     rows.append(row("ours-triton", make=_ours_captured(family), mode="graph"))
     if adam:
         for kind in ("fused", "foreach"):
-            make = _torch(family, wrap=captured, capturable=True, lr="tensor", **{kind: True})
+            options: dict[str, Any] = {kind: True}
+            make = _torch(family, wrap=captured, capturable=True, lr="tensor", **options)
             rows.append(row(f"torch-{kind}", make=make, mode="graph"))
     rows.append(row("ours-aten", make=_ours(family, "aten")))
-    capturable = dict(capturable=True) if adam else {}
+    capturable: dict[str, Any] = dict(capturable=True) if adam else {}
     rows.append(row("torch-compile", make=_torch(family, wrap=_compiled, lr="tensor", **capturable)))
     if not adapts:
         rows.append(row("torch-forloop", make=_torch(family, foreach=False, fused=False)))

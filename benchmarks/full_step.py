@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -36,7 +37,8 @@ class Masters:
 
     @torch.no_grad()
     def take_gradients(self) -> None:
-        torch._foreach_copy_(self._gradients, [p.grad for p in self.params])
+        gradients: list[Any] = [p.grad for p in self.params]
+        torch._foreach_copy_(self._gradients, gradients)
 
     @torch.no_grad()
     def write_back(self) -> None:

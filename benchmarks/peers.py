@@ -18,31 +18,37 @@ _DECAY: dict[str, Any] = dict(weight_decay=0.01)
 
 @dataclass(frozen=True)
 class Peer:
-    """One optimizer: `module.cls(params, lr=..., **options)`. masters: whether it needs them for bfloat16."""
+    """One optimizer: `module.cls(params, lr=..., **options)`.
+
+    bfloat16: options with which it keeps float32 masters of bfloat16 parameters itself; None if they are kept for it.
+    """
 
     package: str
     module: str
     family: str
     cls: str
     options: dict[str, Any] = field(default_factory=dict, hash=False)
-    masters: bool = True
+    bfloat16: dict[str, Any] | None = field(default=None, hash=False)
 
     @property
     def installed(self) -> bool:
         return importlib.util.find_spec(self.module.partition(".")[0]) is not None
 
     def make(self, params: list[Tensor], bookkeeping: str) -> Step:
+        own = self.bfloat16 if params[0].dtype == torch.bfloat16 else None
+
         def optimizer(weights: list[Tensor]) -> torch.optim.Optimizer:
             cls = getattr(importlib.import_module(self.module), self.cls)
-            return cls(weights, lr=1.0, **self.options)  # type: ignore[no-any-return]
+            return cls(weights, lr=1.0, **{**self.options, **(own or {})})  # type: ignore[no-any-return]
 
-        return around(optimizer, params, bookkeeping, masters=self.masters)
+        return around(optimizer, params, bookkeeping, masters=own is None)
 
 
 def _flash(family: str, cls: str, options: dict[str, Any]) -> Peer:
-    """flashoptim with uncompressed state: 32 bits, as everyone here. It keeps masters of bfloat16 itself."""
-    full = dict(quantize=False, compress_state_dict=False, master_weight_bits=32)
-    return Peer("flashoptim", "flashoptim", family, cls, {**options, **full}, masters=False)
+    """flashoptim with uncompressed state: 32 bits, as everyone here. Its kernels are for GPUs."""
+    full = dict(quantize=False, compress_state_dict=False, master_weight_bits=None, fused=torch.cuda.is_available())
+    whole = {**options, **full}
+    return Peer("flashoptim", "flashoptim", family, cls, whole, bfloat16=dict(master_weight_bits=32))
 
 
 # Clipping is asked for by the case, so it is turned off where it is a package's own default; apex has it always.
@@ -63,8 +69,8 @@ PEERS = [
     Peer("torch-optimi", "optimi", "sgd", "SGD", _MU),
     Peer("torch-optimi", "optimi", "adam", "Adam"),
     Peer("torch-optimi", "optimi", "adamw", "AdamW", _DECAY),
-    Peer("heavyball", "heavyball", "sgd", "SGD", dict(beta=0.9, weight_decay=1e-4)),
-    Peer("heavyball", "heavyball", "adamw", "AdamW", _DECAY),
+    Peer("heavyball", "heavyball", "sgd", "SGD", dict(beta=0.9, weight_decay=1e-4, consume_grad=False)),
+    Peer("heavyball", "heavyball", "adamw", "AdamW", dict(_DECAY, consume_grad=False)),
     _flash("sgd", "FlashSGD", _MU),
     _flash("adam", "FlashAdam", {}),
     _flash("adamw", "FlashAdamW", _DECAY),

@@ -60,11 +60,7 @@ def left_out(group: Group, device: torch.device) -> str:
     elif group.model == "ptb-large":
         run = group.dtype == "float32"
     else:
-        run = (
-            group.model == "bert-large"
-            and group.family == "sgd"
-            and (group.dtype, group.bookkeeping) == ("float32", "plain")
-        )
+        run = group == Group("sgd", "bert-large", "float32", "plain")
     return "" if run else "not run: GPU only"
 
 

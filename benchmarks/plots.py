@@ -6,10 +6,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from matplotlib import colormaps
 from matplotlib.figure import Figure
 
 from .floor import FAMILIES, floor_bytes
 from .results import Row
+from .shapes import FLAT
 
 
 def _plain(rows: Sequence[Row]) -> list[Row]:
@@ -21,32 +23,32 @@ def _label(row: Row) -> str:
 
 
 def _colors(rows: Sequence[Row]) -> dict[str, Any]:
-    """Ours in reds and black for what it is measured by; everyone else in a cycle."""
-    from matplotlib import colormaps
-
+    """Ours in black and greys, everyone else in colours."""
     labels = dict.fromkeys(_label(row) for row in rows)
-    colors = {"ours-triton": "#c00020", "ours-triton (graph)": "#f06070", "ours-aten": "#f09000"}
-    cycle = iter(list(colormaps["tab20"].colors[0::2] + colormaps["tab20"].colors[1::2]) * 2)
-    return {label: colors.get(label) or next(cycle) for label in labels}
+    colors: dict[str, Any] = {"ours-triton": "black", "ours-triton (graph)": "dimgrey", "ours-aten": "darkgrey"}
+    others = [label for label in labels if label not in colors]
+    return colors | {label: colormaps["tab20b" if i > 9 else "tab10"](i % 10) for i, label in enumerate(others)}
 
 
 def time_against_parameters(rows: Sequence[Row], file: Path) -> bool:
-    """A panel per family, float32, plain: every contender over all sizes, and the floor at the fastest copy."""
+    """A panel per family, float32, plain: lines over flat sizes, crosses for models, the floor at the fastest copy."""
     rows = _plain(rows)
     families = [f for f in FAMILIES if any(r["family"] == f for r in rows)]
     if not rows:
         return False
     colors, fastest_copy = _colors(rows), max(float(r["copy_gb_per_s"]) for r in rows)
-    figure = Figure(figsize=(4 * len(families), 5), layout="constrained")
+    figure = Figure(figsize=(4 + 3 * len(families), 5), layout="constrained")
     for ax, family in zip(figure.subplots(1, len(families), sharey=True, squeeze=False)[0], families, strict=True):
         of_family = [r for r in rows if r["family"] == family]
         for label, color in colors.items():
-            points = sorted((int(r["parameters"]), float(r["median_us"])) for r in of_family if _label(r) == label)
-            if points:
-                ax.plot(*zip(*points, strict=True), ".-", color=color, label=label, linewidth=1)
+            of_label = sorted((r for r in of_family if _label(r) == label), key=lambda r: int(r["parameters"]))
+            for flat, style in ((True, ".-"), (False, "x")):  # a line through the models would jump with their tensors
+                some = [r for r in of_label if (r["model"] in FLAT) == flat]
+                x, y = [int(r["parameters"]) for r in some], [float(r["median_us"]) for r in some]
+                ax.plot(x, y, style, color=color, label=label if flat else None, linewidth=1)
         sizes = sorted(int(r["parameters"]) for r in of_family)
         floor = [floor_bytes(family, "float32", "plain") * n / fastest_copy / 1e3 for n in sizes]
-        ax.plot(sizes, floor, "k--", label=f"floor at {fastest_copy:.0f} GB/s", linewidth=1)
+        ax.plot(sizes, floor, "k:", label=f"floor at {fastest_copy:.0f} GB/s", linewidth=1)
         ax.set(xscale="log", yscale="log", title=family, xlabel="parameters")
         ax.grid(alpha=0.3)
     figure.axes[0].set_ylabel("median of a step, µs")

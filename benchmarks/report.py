@@ -81,14 +81,14 @@ def _brief(row: Row) -> str:
 
 def not_run(rows: Sequence[Row]) -> list[str]:
     """A line for every reason, and the cases it is the reason of."""
-    reasons: dict[str, dict[str, None]] = {}
+    reasons: dict[str, dict[str, dict[str, None]]] = {}
     for row in rows:
-        if row["status"] == "not installed":
-            reasons.setdefault("Not installed", {})[row["contender"]] = None
-        elif row["status"].startswith("not run"):
-            what = " ".join(row[name] for name in GROUP) + (f" {row['contender']}" if row["contender"] != "all" else "")
-            reasons.setdefault(row["status"].capitalize(), {})[what] = None
-    return [f"- {reason}: {', '.join(cases)}." for reason, cases in reasons.items()] or ["Nothing."]
+        if row["status"].startswith("not"):
+            group = " ".join(row[name] for name in GROUP[1:])
+            what = row["contender"] if row["status"] == "not installed" else group
+            reasons.setdefault(row["status"], {}).setdefault(what, {})[row["family"]] = None
+    lines = {why: "; ".join(f"{what} ({', '.join(of)})" for what, of in some.items()) for why, some in reasons.items()}
+    return [f"- {why}: {some}." for why, some in lines.items()] or ["Nothing."]
 
 
 def table(head: Sequence[str], lines: Iterable[Sequence[str]]) -> list[str]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 Shape = tuple[int, ...]
 
@@ -79,7 +79,7 @@ def shapes_of(model: str) -> list[Shape]:
     return [(FLAT[model],)] if model in FLAT else MODELS[model]()
 
 
-def smaller(shapes: list[Shape], divisor: int) -> list[Shape]:
+def smaller(shapes: Sequence[Shape], divisor: int) -> list[Shape]:
     """As many tensors, every dimension divided, none below 1."""
     return [tuple(max(1, size // divisor) for size in shape) for shape in shapes]
 

@@ -135,7 +135,7 @@ def launches(step: Callable[[], object], device: torch.device) -> int | None:
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
         step()
         torch.cuda.synchronize(device)
-    events = [e for e in profile.events() if e.device_type == torch.autograd.DeviceType.CUDA]
+    events = [e for e in profile.events() if e.device_type == torch._C._autograd.DeviceType.CUDA]
     kernels = [e for e in events if not getattr(e, "is_user_annotation", False)]
     return sum(not e.name.startswith(("Memcpy", "Memset", "Optimizer.step")) for e in kernels)
 
