@@ -29,14 +29,16 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     add("--commit", help="the commit measured, where the source tree has no git")
     add("--allow-dirty", action="store_true", help="measure files that differ from the commit; rows say so")
     add("--tests-passed", action="store_true", help="do not run the tests first: they have passed")
-    add("--budget", type=float, default=450.0, help="seconds after which no other group is begun (450)")
+    add(
+        "--budget", type=float, default=480.0, help="seconds, tests included, after which no other group is begun (480)"
+    )
     add("--seconds-per-case", type=float, default=0.5, help="for how long to time each contender (0.5)")
     add("--smoke", action="store_true", help="small tensors, to try the suite itself; writes only where --results says")
 
 
 def pytest_sessionstart(session: pytest.Session) -> None:
     """Refuse before anything is measured: nothing that is written may belong to files nobody can look up."""
-    config = session.config
+    began, config = time.monotonic(), session.config
     if config.option.collectonly:
         return
     commit = config.getoption("commit") or provenance.commit()
@@ -47,7 +49,7 @@ def pytest_sessionstart(session: pytest.Session) -> None:
         raise pytest.UsageError(f"files differ from the commit: commit them or give --allow-dirty\n{_listed(dirty)}")
     if not config.getoption("tests_passed") and not provenance.tests_pass():
         raise pytest.UsageError("tests fail: nothing is measured")
-    config.stash[RUN] = Run(config, commit + ("-dirty" if dirty else ""))
+    config.stash[RUN] = Run(config, commit + ("-dirty" if dirty else ""), began)
 
 
 def _listed(lines: list[str]) -> str:
@@ -70,9 +72,9 @@ def case_of(item: pytest.Item) -> Case | None:
 class Run:
     """One run: what it measured so far, and where it writes that."""
 
-    def __init__(self, config: pytest.Config, commit: str) -> None:
+    def __init__(self, config: pytest.Config, commit: str, began: float) -> None:
         self.config, self.facts = config, provenance.facts(DEVICE, commit)
-        self.deadline = time.monotonic() + config.getoption("budget")
+        self.deadline = began + config.getoption("budget")
         self.measured: dict[Group, dict[Case, tuple[Outcome, results.Row]]] = {}
         self.smoke: bool = config.getoption("smoke")
         folder = config.getoption("results") or (None if self.smoke else provenance.RESULTS)

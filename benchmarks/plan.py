@@ -56,9 +56,9 @@ def left_out(group: Group, device: torch.device) -> str:
     if group.model in FLAT:
         run = FLAT[group.model] <= 10**7
     elif group.model == "resnet50":
-        run = True
+        run = group.bookkeeping == "plain" or group.dtype == "float32"
     elif group.model == "ptb-large":
-        run = group.dtype == "float32"
+        run = (group.dtype, group.bookkeeping) == ("float32", "plain")
     else:
         run = group == Group("sgd", "bert-large", "float32", "plain")
     return "" if run else "not run: GPU only"
