@@ -107,13 +107,16 @@ def measure(
         while waiting and (not entrants or _fits(waiting[0][0], setting)):
             contender, outcome = waiting.pop(0)
             progress(contender.name)
-            if not entrants and not _fits(contender, setting):
-                outcome.status = "skipped: memory"
-                continue
             try:
+                if not _fits(contender, setting):
+                    raise MemoryError("not enough of it")
                 entrants.append(Entrant(contender, setting, gradients, outcome))
             except Exception as error:  # whatever a contender does, the others go on
                 outcome.fail(error)
+            if outcome.status == "skipped: memory" and entrants:  # alone it may fit
+                outcome.status, outcome.error = "ok", ""
+                waiting.insert(0, (contender, outcome))
+                break
         _run(entrants, before)
         entrants.clear()
         _free(setting.device)

@@ -61,10 +61,11 @@ def file_name(name: str) -> str:
 
 def facts(device: torch.device, commit: str) -> dict[str, str]:
     """The columns that are the same in all rows of a run."""
-    gpu = device.type == "cuda"
+    query = ("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")
+    drivers = (_output(*query) or "").splitlines() if device.type == "cuda" else []
     return {
         "device": device_name(device),
-        "driver": (_output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader") or "") if gpu else "",
+        "driver": drivers[0] if drivers else "",
         "torch": torch.__version__,
         "triton": importlib.metadata.version("triton") if importlib.util.find_spec("triton") else "",
         "commit": commit,

@@ -155,9 +155,17 @@ def test_what_does_not_fit_is_skipped_and_said_so(monkeypatch: pytest.MonkeyPatc
     rows = own("lamb", device)
     monkeypatch.setattr(measure, "free_bytes", lambda device: 0)
     assert {o.status for o in measure.measure(rows, setting(device))} == {"skipped: memory"}
-    calls = iter([10**9, 10**9, 0, 10**9, 10**9] + [10**9] * 20)  # no room for the third beside the first two
-    monkeypatch.setattr(measure, "free_bytes", lambda device: next(calls))
-    assert {o.status for o in measure.measure(rows, setting(device))} == {"ok"}
+    tried: list[str] = []
+
+    def make(params: list[torch.Tensor], bookkeeping: str):
+        tried.append("")
+        if len(tried) == 1:
+            raise torch.OutOfMemoryError("beside the others")
+        return rows[0].make(params, bookkeeping)
+
+    monkeypatch.setattr(measure, "free_bytes", lambda device: 10**9)
+    last, first = measure.measure([rows[0], replace(rows[0], make=make)], setting(device))
+    assert (last.status, first.status, first.error) == ("ok", "ok", "")  # alone it fits
 
 
 def test_rows_and_their_report(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys, device: str) -> None:
