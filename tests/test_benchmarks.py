@@ -211,6 +211,7 @@ def test_the_plan_has_every_group_once_and_says_what_it_leaves_out() -> None:
     assert {case.group for case in cases if case.group.model != "any"} == set(groups())
     assert {c.group.family for c in cases if c.contender and c.group.model == "ptb-large"} == set(FAMILIES)
     assert all(case.status.startswith("not run") for case in cases if case.group.model == "gpt-1.3b")
+    assert all(c.contender.peer.installed for c in cases if c.contender and c.contender.peer)
     missing = {row.peer.package for row in CONTENDERS if row.peer and not row.peer.installed}
     assert {case.name for case in cases if case.status == "not installed"} == missing
 
