@@ -23,20 +23,23 @@ def _label(row: Row) -> str:
 
 
 def _colors(rows: Sequence[Row]) -> dict[str, Any]:
-    """Ours in black and greys, everyone else in colours."""
-    labels = dict.fromkeys(_label(row) for row in rows)
-    colors: dict[str, Any] = {"ours-triton": "black", "ours-triton (graph)": "dimgrey", "ours-aten": "darkgrey"}
-    others = [label for label in labels if label not in colors]
-    return colors | {label: colormaps["tab20b" if i > 9 else "tab10"](i % 10) for i, label in enumerate(others)}
+    """Ours in black and greys, everyone else in colours, the same in both plots."""
+    ours = {"ours-triton": "black", "ours-triton (graph)": "dimgrey", "ours-aten": "darkgrey"}
+    labels = list(dict.fromkeys(map(_label, _plain(rows))))
+    others = [label for label in labels if label not in ours]
+    colors: dict[str, Any] = {
+        label: colormaps["tab20b" if i > 9 else "tab10"](i % 10) for i, label in enumerate(others)
+    }
+    return {label: (ours | colors)[label] for label in labels}
 
 
 def time_against_parameters(rows: Sequence[Row], file: Path) -> bool:
     """A panel per family, float32, plain: lines over flat sizes, crosses for models, the floor at the fastest copy."""
-    rows = _plain(rows)
+    colors, rows = _colors(rows), _plain(rows)
     families = [f for f in FAMILIES if any(r["family"] == f for r in rows)]
     if not rows:
         return False
-    colors, fastest_copy = _colors(rows), max(float(r["copy_gb_per_s"]) for r in rows)
+    fastest_copy = max(float(r["copy_gb_per_s"]) for r in rows)
     figure = Figure(figsize=(4 + 3 * len(families), 5), layout="constrained")
     for ax, family in zip(figure.subplots(1, len(families), sharey=True, squeeze=False)[0], families, strict=True):
         of_family = [r for r in rows if r["family"] == family]
@@ -58,14 +61,13 @@ def time_against_parameters(rows: Sequence[Row], file: Path) -> bool:
 
 def share_of_copy(rows: Sequence[Row], file: Path) -> bool:
     """Bars per family, float32, plain: on the largest model that all families ran."""
-    rows = _plain(rows)
+    colors, rows = _colors(rows), _plain(rows)
     families = {r["family"] for r in rows}
     models = [r for r in rows if families == {q["family"] for q in rows if q["model"] == r["model"]}]
     if not models:
         return False
     model = max(models, key=lambda r: int(r["parameters"]))["model"]
     rows = [r for r in rows if r["model"] == model]
-    colors = _colors(rows)
     figure = Figure(figsize=(11, 5), layout="constrained")
     ax = figure.subplots()
     ticks, x = [], 0.0
