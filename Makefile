@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/ready
 
-.PHONY: demo test lint bench clean
+.PHONY: demo test lint bench report clean
 
 demo: $(READY)
 	$(BIN)/fused-legw demo
@@ -18,8 +18,12 @@ lint: $(READY)
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
 
+# OMP_WAIT_POLICY: threads that spin while they wait take the cores from each other.
 bench: $(READY)
-	$(BIN)/pytest benchmarks --benchmark-only
+	OMP_WAIT_POLICY=passive $(BIN)/pytest benchmarks -v --benchmark-only --benchmark-quiet $(BENCH)
+
+report: $(READY)
+	$(BIN)/python -m benchmarks.report
 
 $(READY): requirements.txt pyproject.toml
 	$(PYTHON) -c 'import sys; sys.exit(None if sys.version_info >= (3, 10) else "fused-legw needs Python 3.10 or later")'

@@ -1,77 +1,125 @@
-"""Where the benchmarks run, what is recorded about it, and the table printed after them."""
+"""The run of the benchmarks: its options, what it refuses, the measuring of one group after another."""
 
 from __future__ import annotations
 
-import gc
-import importlib.metadata
-import importlib.util
 import os
-import platform
-import subprocess
-from collections.abc import Iterator
-from itertools import groupby
+import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+from . import provenance, results
+from .floor import FAMILIES
+from .measure import Outcome, Setting, measure
+from .plan import Case, Group
+from .shapes import shapes_of, smaller
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # then everything is the CPU's, and nothing the interpreter's
 DEVICE = torch.device("cuda" if torch.cuda.is_available() and not INTERPRETED else "cpu")
-RESULTS = pytest.StashKey[list[Any]]()
 
 
-def device_name() -> str:
-    if DEVICE.type == "cuda":
-        return torch.cuda.get_device_name(DEVICE)
-    models = [line for line in _lines(Path("/proc/cpuinfo")) if line.startswith("model name")]
-    name = models[0].partition(":")[2].strip() if models else platform.processor() or platform.machine()
-    return f"{name}, {torch.get_num_threads()} threads"
+def pytest_addoption(parser: pytest.Parser) -> None:
+    group = parser.getgroup("fused-legw benchmarks")
+    add = group.addoption
+    add("--part", action="append", choices=FAMILIES, help="only this family; can be given again")
+    add("--results", type=Path, help="folder of the CSV file (benchmarks/results)")
+    add("--append", action="store_true", help="add to the CSV file instead of starting it anew")
+    add("--commit", help="the commit measured, where the source tree has no git")
+    add("--allow-dirty", action="store_true", help="measure files that differ from the commit; rows say so")
+    add("--tests-passed", action="store_true", help="do not run the tests first: they have passed")
+    add(
+        "--budget", type=float, default=480.0, help="seconds, tests included, after which no other group is begun (480)"
+    )
+    add("--seconds-per-case", type=float, default=0.5, help="for how long to time each contender (0.5)")
+    add("--smoke", action="store_true", help="small tensors, to try the suite itself; writes only where --results says")
 
 
-def _lines(path: Path) -> list[str]:
-    return path.read_text().splitlines() if path.exists() else []
+def pytest_sessionstart(session: pytest.Session) -> None:
+    """Refuse before anything is measured: nothing that is written may belong to files nobody can look up."""
+    began, config = time.monotonic(), session.config
+    if config.option.collectonly:
+        return
+    commit = config.getoption("commit") or provenance.commit()
+    dirty = [] if config.getoption("commit") else provenance.changed_files()
+    if commit is None:
+        raise pytest.UsageError("no commit is known here: give --commit")
+    if dirty and not config.getoption("allow_dirty"):
+        raise pytest.UsageError(f"files differ from the commit: commit them or give --allow-dirty\n{_listed(dirty)}")
+    if not config.getoption("tests_passed") and not provenance.tests_pass():
+        raise pytest.UsageError("tests fail: nothing is measured")
+    config.stash[RUN] = Run(config, commit + ("-dirty" if dirty else ""), began)
 
 
-def commit() -> str:
-    """The commit measured, "-dirty" after it if files differ from it."""
-    command = ["git", "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"]
-    try:
-        here = Path(__file__).parent
-        return subprocess.run(command, cwd=here, capture_output=True, text=True, check=True).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        return "unknown"
+def _listed(lines: list[str]) -> str:
+    return "\n".join(lines[:10] + ["..."] * (len(lines) > 10))
 
 
-@pytest.fixture(scope="session")
-def facts() -> dict[str, str | None]:
-    """What a result is only comparable within."""
-    triton = importlib.metadata.version("triton") if importlib.util.find_spec("triton") else None
-    return {"device": device_name(), "torch": torch.__version__, "triton": triton, "commit": commit()}
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    parts = config.getoption("part")
+    out = [item for item in items if parts and (case := case_of(item)) and case.group.family not in parts]
+    if out:
+        config.hook.pytest_deselected(items=out)
+        items[:] = [item for item in items if item not in out]
 
 
-@pytest.fixture(autouse=True)
-def _record(request: pytest.FixtureRequest, facts: dict[str, str | None], benchmark: Any) -> Iterator[None]:
-    """Adds the facts to a case's extra_info, keeps it for the table, and frees its tensors before the next."""
-    benchmark.extra_info.update(facts)
-    yield
-    if benchmark.stats:
-        request.config.stash.setdefault(RESULTS, []).append(benchmark.stats)
-        # Schedulers and optimizers refer to each other: without this the next case would not find its memory.
-        gc.collect()
-        if DEVICE.type == "cuda":
-            torch.cuda.empty_cache()
+def case_of(item: pytest.Item) -> Case | None:
+    spec = getattr(item, "callspec", None)
+    return spec.params.get("case") if spec else None
 
 
-def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
-    """A table per model: compare within one, not between them."""
-    recorded: list[Any] = config.stash.get(RESULTS, [])
-    for group, results in groupby(recorded, key=lambda result: result.group):
-        terminalreporter.section(f"{group}, {device_name()}")
-        heads = ("median ms", "min ms", "GB/s", "copy GB/s", "of a copy", "host us")
-        terminalreporter.line(" " * 20 + "".join(f"{head:>12}" for head in heads))
-        for result in results:
-            info = result.extra_info
-            times = f"{1e3 * result.stats.median:12.3f}{1e3 * result.stats.min:12.3f}"
-            rates = f"{info['gb_per_s']:12.1f}{info['copy_gb_per_s']:12.1f}{info['share_of_copy']:12.0%}"
-            terminalreporter.line(f"{result.params['contender'].name:20}{times}{rates}{info['host_us']:12.0f}")
+class Run:
+    """One run: what it measured so far, and where it writes that."""
+
+    def __init__(self, config: pytest.Config, commit: str, began: float) -> None:
+        self.config, self.facts = config, provenance.facts(DEVICE, commit)
+        self.deadline = began + config.getoption("budget")
+        self.measured: dict[Group, dict[Case, tuple[Outcome, results.Row]]] = {}
+        self.smoke: bool = config.getoption("smoke")
+        folder = config.getoption("results") or (None if self.smoke else provenance.RESULTS)
+        self.file = folder and folder / f"{provenance.file_name(self.facts['device'])}.csv"
+        if self.file and not config.getoption("append"):
+            self.file.unlink(missing_ok=True)
+
+    def result(self, case: Case, items: list[pytest.Item]) -> tuple[Outcome, results.Row]:
+        """A case's result. The first case of a group has the whole group measured, as far as it was asked for."""
+        if case.group not in self.measured:
+            cases = [other for item in items if (other := case_of(item)) and other.group == case.group]
+            self.measured[case.group] = self._measure(cases)
+        return self.measured[case.group][case]
+
+    def _measure(self, cases: list[Case]) -> dict[Case, tuple[Outcome, results.Row]]:
+        group = cases[0].group
+        late = "not run: time" if time.monotonic() > self.deadline else ""
+        if why := cases[0].status or late:
+            outcomes = [Outcome(status=case.status or why) for case in cases]
+            rows = [{**results.empty_row(case), "status": o.status} for case, o in zip(cases, outcomes, strict=True)]
+        else:
+            shapes = smaller(shapes_of(group.model), 32) if self.smoke else shapes_of(group.model)
+            limit = 0.0 if self.smoke else self.config.getoption("seconds_per_case")
+            setting = Setting(shapes, getattr(torch, group.dtype), group.bookkeeping, DEVICE, limit)
+            outcomes = measure([case.contender for case in cases if case.contender], setting, self._say)
+            rows = results.rows_of(cases, outcomes, shapes)
+        rows = [{**row, **self.facts} for row in rows]
+        if self.file:
+            results.append(self.file, rows)
+        return dict(zip(cases, zip(outcomes, rows, strict=True), strict=True))
+
+    def _say(self, name: str) -> None:
+        """On a terminal, who is being made ready: compiling takes its time."""
+        plugin: Any = self.config.pluginmanager.get_plugin
+        reporter = plugin("terminalreporter")
+        if reporter and reporter.isatty:
+            with plugin("capturemanager").global_and_fixture_disabled():
+                reporter.write(f"[{name}] ")
+
+
+RUN = pytest.StashKey[Run]()
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_report_teststatus(report: pytest.TestReport) -> tuple[str, str, str] | None:
+    """With -v, the line of a case ends in its numbers."""
+    said = dict(report.user_properties).get("said") if report.when == "call" else None
+    return (report.outcome, ".", str(said)) if said and report.passed else None

@@ -1,78 +1,121 @@
-"""What is compared: one table, a row per way to do a full optimizer step at a scheduled LR."""
+"""What is compared: a row per way to do a full optimizer step at a scheduled LR."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
 import fused_legw
-from fused_legw import LEGW, Polynomial
 from fused_legw.backends import explain_backend
 
-Step = Callable[[], None]
-Make = Callable[[list[Tensor], LEGW], Step]
+from . import baselines
+from .floor import FAMILIES
+from .full_step import SCHEDULE, Step, around, captured, ours
+from .peers import PEERS, Peer
 
-SCHEDULE = LEGW(0.1, 256, 0.3125, batch_size=8192, dataset_size=1_281_167, epochs=90, decay=Polynomial(power=2))
-SGD: dict[str, Any] = dict(momentum=0.9, weight_decay=1e-4)
+Make = Callable[[list[Tensor], str], Step]
 
-# The least a step can move, in bytes per float32 parameter. sgd: read p, g and m, write p and m.
-FLOOR = {"sgd": 20}
+OPTIONS: dict[str, dict[str, Any]] = {
+    "sgd": dict(momentum=0.9, weight_decay=1e-4),
+    "lars": dict(momentum=0.9, weight_decay=1e-4),
+    "adam": {},
+    "adamw": dict(weight_decay=0.01),
+    "lamb": dict(weight_decay=0.01),
+}
+_NAMES = {"sgd": "SGD", "lars": "LARS", "adam": "Adam", "adamw": "AdamW", "lamb": "LAMB"}
+# Compiling takes from seconds to minutes, more of it the more tensors there are; so only these, and only float32.
+COMPILED = {"cuda": ("resnet50", "ptb-large", "flat-1e7"), "cpu": ("ptb-large", "flat-1e7")}
 
 
 @dataclass(frozen=True)
 class Contender:
-    """A row of the table. make(parameters with gradients, schedule) gives the call that is timed: one full step."""
+    """A row of the table. make(parameters with gradients, bookkeeping) gives the call that is timed: one full step."""
 
     name: str
-    family: str  # a key of FLOOR
+    family: str
     make: Make
+    mode: str = "eager"  # or "graph", the replay of a CUDA graph
+    peer: Peer | None = None
+
+    @property
+    def is_ours(self) -> bool:
+        return self.name.startswith("ours")
+
+    def offered(self, model: str, dtype: str, bookkeeping: str, device: torch.device) -> bool:
+        """Whether it takes part in a group on this kind of device."""
+        if self.name == "ours-triton":  # the interpreter's time says nothing
+            compiled = device.type == "cuda" and explain_backend(device)[0] == "triton"
+            return compiled and (self.mode == "eager" or bookkeeping == "plain")
+        if self.mode == "graph":
+            return device.type == "cuda" and bookkeeping == "plain"
+        if self.name == "torch-compile":
+            return dtype == "float32" and model in COMPILED[device.type]
+        return True
 
 
-def _ours(cls: Any, backend: str, **hyper: Any) -> Make:
-    def make(params: list[Tensor], schedule: LEGW) -> Step:
-        return cls(params, lr=schedule, backend=backend, **hyper).step  # type: ignore[no-any-return]
-
-    return make
+def _torch_class(family: str) -> Any:
+    return getattr(torch.optim, _NAMES[family], None) or getattr(baselines, _NAMES[family])
 
 
-def _reference(cls: Any, **hyper: Any) -> Make:
-    def make(params: list[Tensor], schedule: LEGW) -> Step:
-        return cls(params, lr=schedule, **hyper).step  # type: ignore[no-any-return]
+def _torch(family: str, *, wrap: Callable[[Step], Step] = lambda step: step, **options: Any) -> Make:
+    """torch's optimizer with its scheduler. lr="tensor" in the options: an LR on the device, which code can reuse."""
 
-    return make
+    def optimizer(params: list[Tensor]) -> torch.optim.Optimizer:
+        lr = torch.ones((), device=params[0].device) if "lr" in options else 1.0
+        return _torch_class(family)(params, **{**OPTIONS[family], **options, "lr": lr})  # type: ignore[no-any-return]
 
-
-def _torch(cls: Any, **hyper: Any) -> Make:
-    """A torch optimizer and its scheduler's step: together they do what one step of ours does."""
-
-    def make(params: list[Tensor], schedule: LEGW) -> Step:
-        optimizer = cls(params, lr=1.0, **hyper)
-        scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, schedule)
-
-        def step() -> None:
-            optimizer.step()
-            scheduler.step()
-
-        return step
-
-    return make
+    return lambda params, bookkeeping: around(optimizer, params, bookkeeping, wrap=wrap)
 
 
-CONTENDERS = [
-    Contender("ours-triton", "sgd", _ours(fused_legw.SGD, "triton", **SGD)),
-    Contender("ours-aten", "sgd", _ours(fused_legw.SGD, "aten", **SGD)),
-    Contender("reference", "sgd", _reference(fused_legw.reference.SGD, **SGD)),
-    Contender("torch-fused", "sgd", _torch(torch.optim.SGD, fused=True, **SGD)),
-    Contender("torch-foreach", "sgd", _torch(torch.optim.SGD, foreach=True, **SGD)),
-    Contender("torch-forloop", "sgd", _torch(torch.optim.SGD, foreach=False, fused=False, **SGD)),
-]
+def _compiled(step: Step) -> Step:
+    torch._dynamo.reset()  # it gives up on a function after eight optimizers, and then silently compiles nothing
+    return torch.compile(step)
 
 
-def contenders(family: str, device: torch.device) -> list[Contender]:
-    """The rows of a family that can run on a device. The interpreter is never one of them: its time says nothing."""
-    compiled = device.type == "cuda" and explain_backend(device)[0] == "triton"
-    return [row for row in CONTENDERS if row.family == family and (compiled or row.name != "ours-triton")]
+def _ours(family: str, backend: str) -> Make:
+    return partial(ours, getattr(fused_legw, _NAMES[family]), {**OPTIONS[family], "backend": backend})
+
+
+def _ours_captured(family: str) -> Make:
+    return lambda params, bookkeeping: captured(_ours(family, "triton")(params, bookkeeping))
+
+
+def _reference(family: str) -> Make:
+    cls = getattr(fused_legw.reference, _NAMES[family])
+
+    def optimizer(params: list[Tensor]) -> torch.optim.Optimizer:
+        return cls(params, lr=SCHEDULE, **OPTIONS[family])  # type: ignore[no-any-return]
+
+    return lambda params, bookkeeping: around(optimizer, params, bookkeeping, scheduled=False)
+
+
+def _rows(family: str) -> list[Contender]:
+    """The most telling first: where memory is short, they are the ones measured together."""
+    row = partial(Contender, family=family)
+    rows = [row("ours-triton", make=_ours(family, "triton"))]
+    adapts, adam = family in ("lars", "lamb"), family in ("adam", "adamw")
+    foreach: dict[str, Any] = {} if adapts else dict(foreach=True)
+    if not adapts:
+        rows.append(row("torch-fused", make=_torch(family, fused=True)))
+    rows.append(row("torch-foreach", make=_torch(family, **foreach)))
+    rows.append(row("ours-triton", make=_ours_captured(family), mode="graph"))
+    if adam:
+        for kind in ("fused", "foreach"):
+            options: dict[str, Any] = {kind: True}
+            make = _torch(family, wrap=captured, capturable=True, lr="tensor", **options)
+            rows.append(row(f"torch-{kind}", make=make, mode="graph"))
+    rows.append(row("ours-aten", make=_ours(family, "aten")))
+    capturable: dict[str, Any] = dict(capturable=True) if adam else {}
+    rows.append(row("torch-compile", make=_torch(family, wrap=_compiled, lr="tensor", **capturable)))
+    if not adapts:
+        rows.append(row("torch-forloop", make=_torch(family, foreach=False, fused=False)))
+    rows.append(row("reference", make=_reference(family)))
+    return rows + [row(peer.package, make=peer.make, peer=peer) for peer in PEERS if peer.family == family]
+
+
+CONTENDERS = [row for family in FAMILIES for row in _rows(family)]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+
 Shape = tuple[int, ...]
 
 
@@ -24,8 +26,7 @@ def ptb_large(vocabulary: int = 10_000, hidden: int = 1500, layers: int = 2) -> 
     The softmax does not share the embedding's weights. Biases as in torch.nn.LSTM, two per layer: TensorFlow's
     original has one, and 12,000 parameters fewer.
     """
-    layer = [(4 * hidden, hidden), (4 * hidden, hidden), (4 * hidden,), (4 * hidden,)]
-    return [(vocabulary, hidden), *layers * layer, *_linear(vocabulary, hidden)]
+    return [(vocabulary, hidden), *layers * _lstm(hidden, hidden), *_linear(vocabulary, hidden)]
 
 
 def bert_large(vocabulary: int = 30_522, hidden: int = 1024, layers: int = 24) -> list[Shape]:
@@ -38,16 +39,58 @@ def bert_large(vocabulary: int = 30_522, hidden: int = 1024, layers: int = 24) -
     return [(vocabulary, hidden), (512, hidden), (2, hidden), *norm, *layers * layer, *square]
 
 
-MODELS = {"resnet50": resnet50, "ptb-large": ptb_large, "bert-large": bert_large}
+def gnmt(vocabulary: int = 32_320, hidden: int = 1024, layers: int = 4) -> list[Shape]:
+    """GNMT (Wu et al. 2016) at the size of MLPerf and the LEGW paper: 4 + 4 layers of 1024, 44 tensors, 160,671,297
+    parameters.
+
+    The encoder's first layer is bidirectional. Both sides share one embedding; the classifier has its own weight. The
+    decoder's first layer feeds a normalised additive attention, whose context the later layers take beside their input.
+    The vocabulary is 32,317 rounded up to a multiple of 8.
+    """
+    encoder = 2 * _lstm(hidden, hidden) + _lstm(2 * hidden, hidden) + (layers - 2) * _lstm(hidden, hidden)
+    attention = [(hidden,), (1,), (hidden,), (hidden, hidden), (hidden, hidden)]  # v, g and b; then query and key
+    decoder = _lstm(hidden, hidden) + attention + (layers - 1) * _lstm(2 * hidden, hidden)
+    return [(vocabulary, hidden), *encoder, *decoder, *_linear(vocabulary, hidden)]
 
 
-def smaller(shapes: list[Shape], divisor: int) -> list[Shape]:
+def gpt_1_3b(vocabulary: int = 50_257, context: int = 2048, hidden: int = 2048, layers: int = 24) -> list[Shape]:
+    """GPT-3 XL (Brown et al. 2020, table 2.1) built as GPT-2: 292 tensors, 1,315,723,264 parameters.
+
+    Learned positions, biases everywhere, and the embedding is also the output layer: 12 h^2 + 13 h per layer.
+    """
+    norm = [(hidden,), (hidden,)]
+    attention = _linear(3 * hidden, hidden) + _linear(hidden, hidden)
+    layer = norm + attention + norm + _linear(4 * hidden, hidden) + _linear(hidden, 4 * hidden)
+    return [(vocabulary, hidden), (context, hidden), *layers * layer, *norm]
+
+
+MODELS: dict[str, Callable[[], list[Shape]]] = {
+    "resnet50": resnet50,
+    "ptb-large": ptb_large,
+    "gnmt": gnmt,
+    "bert-large": bert_large,
+    "gpt-1.3b": gpt_1_3b,
+}
+FLAT = {f"flat-1e{power}": 10**power for power in range(4, 10)}  # one tensor
+
+
+def shapes_of(model: str) -> list[Shape]:
+    """Of a model, or of one flat tensor."""
+    return [(FLAT[model],)] if model in FLAT else MODELS[model]()
+
+
+def smaller(shapes: Sequence[Shape], divisor: int) -> list[Shape]:
     """As many tensors, every dimension divided, none below 1."""
     return [tuple(max(1, size // divisor) for size in shape) for shape in shapes]
 
 
 def _linear(outputs: int, inputs: int) -> list[Shape]:
     return [(outputs, inputs), (outputs,)]
+
+
+def _lstm(inputs: int, hidden: int) -> list[Shape]:
+    """One layer and direction of torch.nn.LSTM, with its two biases."""
+    return [(4 * hidden, inputs), (4 * hidden, hidden), (4 * hidden,), (4 * hidden,)]
 
 
 def _conv_bn(outputs: int, inputs: int, kernel: int) -> list[Shape]:

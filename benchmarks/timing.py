@@ -1,4 +1,4 @@
-"""How a step is timed, and what its time is compared with.
+"""How a step is timed.
 
 On CUDA a step has two times, which overlap in a training loop, so neither is hidden in the other here:
     device time   between two events around the step. The stream is kept busy until the host has enqueued the whole
@@ -18,10 +18,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .contenders import FLOOR, SCHEDULE, Contender
-from .shapes import Shape, smaller
+from .shapes import Shape
 
 Clock = Callable[[], Any]  # the difference of two readings is seconds
+LARGEST_COPY = {"cuda": 2**28, "cpu": 2**26}  # elements: beyond the caches, a larger copy is as fast
 
 
 class Mark:
@@ -46,91 +46,108 @@ def seconds(call: Callable[[], object], clock: Clock) -> float:
     return float(clock() - start)
 
 
-def host_seconds(step: Callable[[], object], device: torch.device, calls: int) -> float:
+def synchronize(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def host_seconds(step: Callable[[], object], device: torch.device, calls: int = 10) -> float:
     """Median time for `step` to return."""
     times = []
     for _ in range(calls):
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
+        synchronize(device)
         times.append(seconds(step, time.perf_counter))
+    synchronize(device)
     return median(times)
 
 
-class Round:
-    """What comes before each timed step: a copy timed under the same conditions, then cold caches again.
+class Before:
+    """What comes before a timed step: once a round a copy timed under the same conditions, then cold caches again.
 
-    elements: float32 elements of the buffer that is copied. hide: host seconds for which to keep the device busy.
+    elements: float32 elements of the buffer that is copied, but no more than LARGEST_COPY.
     """
 
-    def __init__(self, elements: int, device: torch.device, hide: float = 0.0) -> None:
+    def __init__(self, elements: int, device: torch.device) -> None:
         self.copies: list[float] = []
+        elements = min(elements, LARGEST_COPY[device.type])
         self.copy_bytes = 2 * 4 * elements  # read and written
         self._source = torch.zeros(elements, device=device)
         self._target = torch.empty_like(self._source)
         self._clock = clock_of(device)
         self._junk: Tensor | None = None
-        self._flushes = 1
+        self._flush_seconds = math.inf
         if device.type == "cuda":
             # Four times the L2, and more than AMD's 256 MB Infinity Cache, which is not reported as L2.
             size = max(4 * torch.cuda.get_device_properties(device).L2_cache_size, 2**29)
             self._junk = torch.empty(size, dtype=torch.uint8, device=device)
-            self._flushes += math.ceil(hide / min(seconds(self.flush, self._clock) for _ in range(3)))
-        self()
+            self._flush_seconds = min(seconds(self._junk.zero_, self._clock) for _ in range(3))
+        for _ in range(3):
+            self.copy()
         self.copies.clear()  # the first one met untouched memory
 
-    def flush(self) -> None:
-        """Nothing on a CPU: the copy, larger than its caches, has already put other data there."""
-        if self._junk is not None:
-            self._junk.zero_()
-
-    def __call__(self) -> None:
+    def copy(self) -> None:
         self.flush()
         self.copies.append(seconds(lambda: self._target.copy_(self._source), self._clock))
-        for _ in range(self._flushes):
-            self.flush()
+
+    def flush(self, hide: float = 0.0) -> None:
+        """Other data into the caches, for as long as the host takes for the step. hide: those seconds.
+
+        Nothing on a CPU: the steps and copies before have already put other data there.
+        """
+        if self._junk is not None:
+            for _ in range(1 + math.ceil(hide / self._flush_seconds)):
+                self._junk.zero_()
 
 
-def build(shapes: Sequence[Shape], device: torch.device) -> list[Tensor]:
-    """Parameters with gradients, float32."""
-    params: list[Tensor] = [
-        torch.nn.Parameter(torch.empty(shape, device=device).uniform_(-0.05, 0.05)) for shape in shapes
-    ]
-    for p in params:
-        p.grad = torch.empty_like(p).uniform_(-0.05, 0.05)
+class Gradients:
+    """Gradients that all contenders of a group share, put back where a contender wrote to them, as AMP and some do."""
+
+    def __init__(self, shapes: Sequence[Shape], dtype: torch.dtype, device: torch.device) -> None:
+        self.tensors = [_random(shape, dtype, device) for shape in shapes]
+        self._clean = [g.clone() for g in self.tensors]
+        self._versions = self._seen()
+
+    def _seen(self) -> list[int]:
+        return [g._version for g in self.tensors]
+
+    def restore(self) -> None:
+        if self._seen() != self._versions:
+            torch._foreach_copy_(self.tensors, self._clean)
+            self._versions = self._seen()
+
+
+def parameters(gradients: Gradients) -> list[Tensor]:
+    """New parameters with those gradients."""
+    params: list[Tensor] = [torch.nn.Parameter(_random(g.shape, g.dtype, g.device)) for g in gradients.tensors]
+    for p, g in zip(params, gradients.tensors, strict=True):
+        p.grad = g
     return params
 
 
-def rates(bytes_moved: int, step_seconds: float, copy_bytes: int, copy_seconds: float) -> dict[str, float]:
-    """GB/s of a step and of a copy (1 GB = 1e9 bytes), and the first as a share of the second."""
-    step_rate, copy_rate = bytes_moved / step_seconds / 1e9, copy_bytes / copy_seconds / 1e9
-    return {"gb_per_s": step_rate, "copy_gb_per_s": copy_rate, "share_of_copy": step_rate / copy_rate}
+def _random(shape: Shape, dtype: torch.dtype, device: torch.device) -> Tensor:
+    return torch.empty(shape, device=device, dtype=dtype).uniform_(-0.05, 0.05)
 
 
-def rounds_for(bytes_moved: int, device: torch.device) -> int:
-    """Enough for a steady median; on a CPU about 40 GB of traffic, so that the largest model takes seconds."""
-    return 100 if device.type == "cuda" else min(50, max(7, int(4e10 / bytes_moved)))
+def launches(step: Callable[[], object], device: torch.device) -> int | None:
+    """Kernels that one step launches, counted by torch.profiler; None on a CPU."""
+    if device.type != "cuda":
+        return None
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        step()
+        torch.cuda.synchronize(device)
+    events = [e for e in profile.events() if e.device_type == torch._C._autograd.DeviceType.CUDA]
+    kernels = [e for e in events if not getattr(e, "is_user_annotation", False)]
+    return sum(not e.name.startswith(("Memcpy", "Memset", "Optimizer.step")) for e in kernels)
 
 
-def measure(benchmark: Any, contender: Contender, shapes: list[Shape], device: torch.device) -> None:
-    """Time a contender's step on parameters of these shapes; the numbers go into `benchmark.extra_info`."""
-    if benchmark.disabled:
-        benchmark.pedantic(contender.make(build(smaller(shapes, 32), device), SCHEDULE))
-        return
-    params = build(shapes, device)
-    elements = sum(p.numel() for p in params)
-    step = contender.make(params, SCHEDULE)
-    # On a CPU a call's host time can only be seen where there is next to nothing to compute.
-    idle = step if device.type == "cuda" else contender.make(build(smaller(shapes, 2**62), device), SCHEDULE)
-    for call in (step, idle):
-        host_seconds(call, device, 3)  # compiles, makes state, meets untouched memory
-    host = host_seconds(idle, device, 20)
-    bytes_moved = FLOOR[contender.family] * elements
-    before = Round(elements, device, hide=host)
-    benchmark.pedantic(step, setup=before, rounds=rounds_for(bytes_moved, device))
-    benchmark.extra_info.update(
-        parameters=elements,
-        tensors=len(params),
-        bytes_moved=bytes_moved,
-        host_us=1e6 * host,
-        **rates(bytes_moved, benchmark.stats.stats.median, before.copy_bytes, median(before.copies)),
-    )
+def free_bytes(device: torch.device) -> int:
+    """Memory that can still be had."""
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+        return int(torch.cuda.mem_get_info(device)[0])
+    try:
+        with open("/proc/meminfo") as file:
+            (line,) = [line for line in file if line.startswith("MemAvailable:")]
+        return 1024 * int(line.split()[1])
+    except (OSError, ValueError):
+        return 2**33

@@ -1,0 +1,19 @@
+"""The least that a step can move between memory and the processor, whoever makes it; README.md has the reasoning."""
+
+from __future__ import annotations
+
+# Bytes per parameter, by family: (float32, bfloat16 with float32 masters and state).
+_PLAIN = {"sgd": (20, 20), "adam": (28, 28), "adamw": (28, 28), "lars": (28, 26), "lamb": (40, 40)}
+FAMILIES = tuple(_PLAIN)
+
+
+def floor_bytes(family: str, dtype: str, bookkeeping: str) -> int:
+    """Bytes per parameter. dtype: "float32" or "bfloat16". bookkeeping: "plain" or "amp+clip".
+
+    >>> floor_bytes("lamb", "float32", "amp+clip")
+    44
+    """
+    low = dtype == "bfloat16"
+    # The global norm must be known before anything is written, so the gradient is read once more. LARS's norms do that.
+    own_read = bookkeeping == "amp+clip" and family != "lars"
+    return _PLAIN[family][low] + own_read * (2 if low else 4)

@@ -1,0 +1,154 @@
+"""The contenders of one group, timed in rounds in which each takes its turn, so that their ratios can be trusted."""
+
+from __future__ import annotations
+
+import gc
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from math import prod
+
+import torch
+
+from .contenders import Contender
+from .full_step import Step
+from .shapes import Shape, smaller
+from .timing import Before, Gradients, clock_of, free_bytes, host_seconds, launches, parameters, seconds, synchronize
+
+MOST_ROUNDS, FEWEST_ROUNDS = 50, 5
+
+
+@dataclass
+class Outcome:
+    """What came of one contender. status: "ok", "failed", or "skipped: memory"; times in seconds."""
+
+    status: str = "ok"
+    error: str = ""
+    times: list[float] = field(default_factory=list)
+    copies: list[float] = field(default_factory=list)
+    copy_bytes: int = 0
+    host: float | None = None
+    launches: int | None = None
+
+    def fail(self, error: Exception) -> None:
+        memory = isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "can't allocate memory" in str(error)
+        self.status = "skipped: memory" if memory else "failed"
+        self.error = " ".join(f"{type(error).__name__}: {error}".split())[:300]
+        self.times.clear()
+
+
+@dataclass
+class Setting:
+    """What the contenders of a group have in common. seconds: how long to time each of them."""
+
+    shapes: Sequence[Shape]
+    dtype: torch.dtype
+    bookkeeping: str
+    device: torch.device
+    seconds: float
+
+    @property
+    def elements(self) -> int:
+        return sum(map(prod, self.shapes))
+
+
+class Entrant:
+    """A contender made ready: its state made, its kernels compiled, how often it will be timed."""
+
+    def __init__(self, contender: Contender, setting: Setting, gradients: Gradients, outcome: Outcome) -> None:
+        self.outcome, self._gradients, self._device = outcome, gradients, setting.device
+        self.step = contender.make(parameters(gradients), setting.bookkeeping)
+        for _ in range(3):
+            gradients.restore()
+            start = time.perf_counter()
+            self.step()
+            synchronize(setting.device)
+            took = time.perf_counter() - start
+        self.rounds = max(FEWEST_ROUNDS, min(MOST_ROUNDS, int(setting.seconds / took)))
+        outcome.host = self._host_seconds(contender, setting)
+        try:
+            outcome.launches = launches(self.step, setting.device)
+        except RuntimeError:  # a profiler without the right to count
+            outcome.launches = None
+
+    def _host_seconds(self, contender: Contender, setting: Setting) -> float | None:
+        if setting.device.type == "cuda":
+            return host_seconds(self.step, setting.device)
+        if contender.name == "torch-compile":
+            return None  # another shape is another program, compiled for nothing else
+        # On a CPU a call's host time can only be seen where there is next to nothing to compute.
+        tiny = Gradients(smaller(setting.shapes, 2**62), setting.dtype, setting.device)
+        step: Step = contender.make(parameters(tiny), setting.bookkeeping)
+        host_seconds(step, setting.device, 3)
+        return host_seconds(step, setting.device)
+
+    def turn(self, before: Before) -> None:
+        """One timed step."""
+        self._gradients.restore()
+        before.flush(hide=self.outcome.host or 0.0)
+        self.outcome.times.append(seconds(self.step, clock_of(self._device)))
+
+
+def measure(
+    contenders: Sequence[Contender], setting: Setting, progress: Callable[[str], None] = lambda name: None
+) -> list[Outcome]:
+    """An outcome for each contender. As many as there is memory for take part in the same rounds."""
+    outcomes = [Outcome() for _ in contenders]
+    try:
+        gradients = Gradients(setting.shapes, setting.dtype, setting.device)
+        before = Before(setting.elements, setting.device)
+    except (RuntimeError, MemoryError) as error:
+        for outcome in outcomes:
+            outcome.fail(error)
+        return outcomes
+    waiting = list(zip(contenders, outcomes, strict=True))
+    while waiting:
+        entrants: list[Entrant] = []
+        while waiting and (not entrants or _fits(waiting[0][0], setting)):
+            contender, outcome = waiting.pop(0)
+            progress(contender.name)
+            try:
+                if not _fits(contender, setting):
+                    raise MemoryError("not enough of it")
+                entrants.append(Entrant(contender, setting, gradients, outcome))
+            except Exception as error:  # whatever a contender does, the others go on
+                outcome.fail(error)
+            if outcome.status == "skipped: memory" and entrants:  # alone it may fit
+                outcome.status, outcome.error = "ok", ""
+                waiting.insert(0, (contender, outcome))
+                break
+        _run(entrants, before)
+        entrants.clear()
+        _free(setting.device)
+    return outcomes
+
+
+def _fits(contender: Contender, setting: Setting) -> bool:
+    """Whether there is memory for another contender: weights, state, and what a step takes for a moment."""
+    state = 4 if contender.family in ("sgd", "lars") else 8
+    weights = 4 if setting.dtype == torch.float32 else 2 + 4 + 4  # with masters and their gradients
+    momentary = 12
+    return (weights + state + momentary) * setting.elements < 0.9 * free_bytes(setting.device)
+
+
+def _run(entrants: Sequence[Entrant], before: Before) -> None:
+    """The rounds. Who comes first changes from round to round; a slow contender sits out in some, evenly spread."""
+    rounds = max((entrant.rounds for entrant in entrants), default=0)
+    before.copies.clear()
+    for r in range(rounds):
+        before.copy()
+        for entrant in [*entrants[r % len(entrants) :], *entrants[: r % len(entrants)]]:
+            due = (r + 1) * entrant.rounds // rounds > r * entrant.rounds // rounds
+            if due and entrant.outcome.status == "ok":
+                try:
+                    entrant.turn(before)
+                except Exception as error:
+                    entrant.outcome.fail(error)
+    for entrant in entrants:
+        entrant.outcome.copies, entrant.outcome.copy_bytes = list(before.copies), before.copy_bytes
+
+
+def _free(device: torch.device) -> None:
+    gc.collect()  # schedulers and optimizers refer to each other
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
