@@ -1,10 +1,11 @@
-# Each target sets itself up: the first run makes .venv, later runs reuse it until the pinned requirements change.
+# Each target but `gpu` sets itself up: the first run makes .venv, later runs reuse it until the pinned requirements
+# change. `gpu` takes the torch of the machine: PYTHON, which needs torch, triton, numpy, pytest and pytest-benchmark.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/ready
 
-.PHONY: demo test lint bench clean
+.PHONY: demo test lint codegen bench gpu clean
 
 demo: $(READY)
 	$(BIN)/fused-legw demo
@@ -18,8 +19,14 @@ lint: $(READY)
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
 
+codegen: $(READY)
+	PYTHONPATH=kernels $(BIN)/python tests/codegen_table.py
+
 bench: $(READY)
 	$(BIN)/pytest benchmarks --benchmark-only
+
+gpu:
+	$(PYTHON) tests/gpu.py $(ARGS)
 
 $(READY): requirements.txt pyproject.toml
 	$(PYTHON) -c 'import sys; sys.exit(None if sys.version_info >= (3, 10) else "fused-legw needs Python 3.10 or later")'
