@@ -1,10 +1,11 @@
-# Each target sets itself up: the first run makes .venv, later runs reuse it until the pinned requirements change.
+# Each target but `gpu` sets itself up: the first run makes .venv, later runs reuse it until the pinned requirements
+# change. `gpu` takes the torch of the machine: PYTHON, which needs torch, triton, numpy, pytest and pytest-benchmark.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/ready
 
-.PHONY: demo test lint bench report clean
+.PHONY: demo test lint codegen bench report gpu clean
 
 demo: $(READY)
 	$(BIN)/fused-legw demo
@@ -18,12 +19,18 @@ lint: $(READY)
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
 
+codegen: $(READY)
+	PYTHONPATH=kernels $(BIN)/python tests/codegen_table.py
+
 # OMP_WAIT_POLICY: threads that spin while they wait take the cores from each other.
 bench: $(READY)
 	OMP_WAIT_POLICY=passive $(BIN)/pytest benchmarks -v --benchmark-only --benchmark-quiet $(BENCH)
 
 report: $(READY)
 	$(BIN)/python -m benchmarks.report
+
+gpu:
+	$(PYTHON) tests/gpu.py $(ARGS)
 
 $(READY): requirements.txt pyproject.toml
 	$(PYTHON) -c 'import sys; sys.exit(None if sys.version_info >= (3, 10) else "fused-legw needs Python 3.10 or later")'

@@ -1,4 +1,4 @@
-"""Ahead-of-time compilation of the step kernel, and what the compiled code shows."""
+"""Ahead-of-time compilation of the kernels, and what the compiled code shows."""
 
 from __future__ import annotations
 
@@ -30,6 +30,7 @@ _TYPES = {"fp32": tl.float32, "fp64": tl.float64, "fp16": tl.float16, "bf16": tl
 class Compiled:
     """Compiled code as instructions in order, and the resources it takes."""
 
+    nvidia: bool
     ttgir: str  # Triton's own intermediate code, before its compiler adds barriers of its own
     instructions: list[str]
     registers: int
@@ -37,6 +38,47 @@ class Compiled:
 
     def count(self, *prefixes: str) -> Counter[str]:
         return Counter(i for i in self.instructions if i.startswith(prefixes))
+
+    def wide(self, what: str, *, narrow: bool = False) -> int:
+        """16-byte accesses, "load" or "store". narrow: tiles have 2-byte elements, of which an AMD lane has 8 bytes."""
+        if self.nvidia:
+            return self.count("LDG.E.128" if what == "load" else "STG.E.128").total()
+        widths = ("dwordx4", "dwordx2") if narrow else ("dwordx4",)
+        return self.count(*(f"{space}_{what}_{width}" for space in ("global", "buffer") for width in widths)).total()
+
+    @property
+    def local(self) -> int:
+        """Accesses of local memory."""
+        return self.count("LDL", "STL", "scratch_").total()
+
+    @property
+    def double(self) -> int:
+        """float64 arithmetic, of scalars and of tiles."""
+        return self.count("DFMA", "DMUL", "DADD", "v_fma_f64", "v_mul_f64", "v_add_f64").total()
+
+    def double_tiles(self, tile: int = 1024) -> int:
+        """Lines of Triton's code that have a float64 tile."""
+        return sum(f"tensor<{tile}xf64" in line for line in self.ttgir.splitlines())
+
+    @property
+    def atomics(self) -> int:
+        return sum("atomic" in name or name.startswith(("RED", "ATOM")) for name in self.instructions)
+
+    @property
+    def waits_before_ticket(self) -> bool:
+        """Whether a barrier of the kernel's own stands before its ticket, and nothing is read between the two.
+
+        The own one: at present the compiler adds one there too, for shared memory that the masked path happens to use,
+        which is nothing to rely on.
+        """
+        lines = self.ttgir.splitlines()
+        ticket = next(i for i, line in enumerate(lines) if "tt.atomic_rmw" in line)
+        own = any("barrier" in line for line in lines[ticket - 3 : ticket])
+        names = self.instructions
+        ticket = next(i for i, name in enumerate(names) if name.startswith(("ATOM", "global_atomic")))
+        barrier, load = ("BAR", "LDG") if self.nvidia else ("s_barrier", "global_load")
+        last = max((i for i, name in enumerate(names[:ticket]) if name.startswith(barrier)), default=0)
+        return own and last > 0 and not any(name.startswith(load) for name in names[last:ticket])
 
 
 _POINTERS = {
@@ -101,7 +143,7 @@ def _nvidia(ttgir: str, cubin: bytes) -> Compiled:
         )
     instructions = re.findall(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+ )?([A-Z][\w.]*)", sass, re.MULTILINE)
     registers, stack, local = (int(re.search(rf"{name}:(\d+)", usage)[1]) for name in ("REG", "STACK", "LOCAL"))
-    return Compiled(ttgir, instructions, registers, stack + local)
+    return Compiled(True, ttgir, instructions, registers, stack + local)
 
 
 def _amd(ttgir: str, assembly: str) -> Compiled:
@@ -109,4 +151,4 @@ def _amd(ttgir: str, assembly: str) -> Compiled:
     registers, stack = (
         int(re.search(rf"\.{name}:\s+(\d+)", assembly)[1]) for name in ("vgpr_count", "private_segment_fixed_size")
     )
-    return Compiled(ttgir, instructions, registers, stack)
+    return Compiled(False, ttgir, instructions, registers, stack)

@@ -8,12 +8,12 @@ import math
 import pickle
 from fractions import Fraction
 
-import mpmath
 import numpy as np
 import pytest
 
 from fused_legw import LEGW, Constant, Cosine, Exponential, MultiStep, Polynomial
 
+mpmath = pytest.importorskip("mpmath")
 mp = mpmath.mp.clone()
 mp.dps = 50
 
