@@ -11,6 +11,8 @@ import gpu
 import pytest
 import torch
 
+from benchmarks.floor import FAMILIES
+
 PYTHON = [sys.executable, "-c"]
 
 
