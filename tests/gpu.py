@@ -55,7 +55,7 @@ class Verdict:
     why: str
 
     def __str__(self) -> str:
-        return f"{self.word:8}{self.part:10}{self.seconds:5.0f} s  {self.why}"
+        return f"{self.word:8}{self.part:12}{self.seconds:5.0f} s  {self.why}"
 
 
 def _pytest(*args: str) -> Command:
@@ -189,7 +189,7 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
 def main(argv: Sequence[str] | None = None) -> int:
     args = _arguments(argv)
     if args.list:
-        print(*(f"{name:10}{part.about}" for name, part in PARTS.items()), sep="\n")
+        print(*(f"{name:12}{part.about}" for name, part in PARTS.items()), sep="\n")
         return 0
     head = f"{machine()}, commit {args.commit or 'not given'}"
     run = Run(args.out.resolve(), args.commit)
