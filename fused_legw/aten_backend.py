@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any
+from dataclasses import dataclass, field
+from itertools import accumulate
 
 import torch
 from torch import Tensor
@@ -13,8 +14,50 @@ from legw_kernels import scalars
 
 from .control import Control
 from .flat import MASTER, Bucket, compute_dtype
-from .rule import Gradients, Group, Rule, Tensors, group_lr, norm
+from .rule import Gradients, Group, Rule, Tensors, group_lr, norm, norms
 from .table import capturing
+
+
+@dataclass
+class Alike:
+    """Segments of one bucket that ATen updates together, and the lists of their tensors.
+
+    count: their earlier updates, less those of the bucket's first segment. rows: their places in the bucket's tables,
+    columns: in those of the device.
+    """
+
+    bucket: Bucket
+    group: int
+    count: int
+    chosen: list[int]
+    rows: slice | Tensor
+    columns: slice | Tensor
+    params: list[Tensor]
+    _states: dict[str, list[Tensor]] = field(default_factory=dict)
+
+    def state(self, name: str) -> list[Tensor]:
+        if name not in self._states:
+            self._states[name] = [self.bucket.segments[i].state[name] for i in self.chosen]
+        return self._states[name]
+
+
+def _group_alike(bucket: Bucket, own: int, counts: Sequence[int | None]) -> list[Alike]:
+    """The segments of a bucket by group and count; those without one are left out. own: the bucket's first column."""
+    alike: dict[tuple[int, int], list[int]] = {}
+    for i, (segment, count) in enumerate(zip(bucket.segments, counts, strict=True)):
+        if count is not None:
+            alike.setdefault((segment.group, count), []).append(i)
+    found = []
+    for (group, count), chosen in alike.items():
+        first, after = chosen[0], chosen[-1] + 1
+        rows: slice | Tensor = slice(first, after)
+        columns: slice | Tensor = slice(own + first, own + after)
+        if after - first != len(chosen):
+            rows = torch.tensor(chosen, device="cpu")
+            columns = rows + own
+        params = [bucket.segments[i].param for i in chosen]
+        found.append(Alike(bucket, group, count, chosen, rows, columns, params))
+    return found
 
 
 class AtenBackend:
@@ -30,6 +73,9 @@ class AtenBackend:
         self.norms: Tensor | None = None
         self.nonfinite = torch.zeros(1, device="cpu")
         self._norm = 0.0
+        self._first_columns = list(accumulate((len(bucket.segments) for bucket in buckets), initial=0))
+        # By bucket: how counts and gradients lay at the last step, and what was made of that. Steps are mostly alike.
+        self._alike: list[tuple[list[int | None], list[Alike]]] = [([], []) for _ in buckets]
 
     def begin(self, groups: Sequence[Group], gradients: Sequence[Gradients], control: Control, others: int) -> None:
         """Take the gradients of one step: one list per bucket. others: how many other devices take part."""
@@ -39,7 +85,7 @@ class AtenBackend:
             )
         self._gradients = gradients
         if self.norms is None and (control.global_norm or self._rule.adapts):
-            self.norms = torch.zeros(4, sum(len(b.segments) for b in self.buckets), dtype=torch.float64, device="cpu")
+            self.norms = torch.zeros(4, self._first_columns[-1], dtype=torch.float64, device="cpu")
 
     def write_groups(self, groups: Sequence[Group]) -> None:
         """Nothing: every step reads the groups."""
@@ -48,9 +94,9 @@ class AtenBackend:
         """Norms of the gradients; those of weights and updates are taken as the tensors are updated."""
         if gradients:
             assert self.norms is not None
-            scale = control.inverse_scale
-            norms = [0.0 if g is None else norm(g) * scale for some in self._gradients for g in some]
-            self.norms[0] = torch.tensor(norms, dtype=torch.float64, device="cpu")
+            found = iter(norms([g for some in self._gradients for g in some if g is not None]))
+            every = [0.0 if g is None else next(found) for some in self._gradients for g in some]
+            self.norms[0] = torch.tensor(every, dtype=torch.float64, device="cpu") * control.inverse_scale
             self._norm = norm(self.norms[0])
 
     def global_norm(self) -> Tensor:
@@ -70,50 +116,44 @@ class AtenBackend:
         self.counts[0 if apply else 1] += advance
 
     def _update_all(self, groups: Sequence[Group], control: Control) -> None:
-        t, own = int(self.counts[0]), 0
-        inverse, clips = control.inverse_scale, [1.0] * len(groups)
+        t, inverse = int(self.counts[0]), control.inverse_scale
+        lrs = [group_lr(group, t) for group in groups]
+        clips = [1.0] * len(groups)
         if control.clips:
             clips = [scalars.clip_factor(self._norm, *self._rule.clip(group)) for group in groups]
-        for bucket, some in zip(self.buckets, self._gradients, strict=True):
-            alike: dict[tuple[int, int], list[int]] = {}  # (group, earlier updates) -> segments
-            for i, (segment, g, count) in enumerate(zip(bucket.segments, some, bucket.exact_steps(), strict=True)):
-                if g is not None:
-                    alike.setdefault((segment.group, count), []).append(i)
-            for (index, count), chosen in alike.items():
-                group = groups[index]
-                lr = group_lr(group, t)
-                self._update(bucket, own, chosen, [some[i] for i in chosen], lr, group, count, inverse, clips[index])
-            own += len(bucket.segments)
+        for index, (bucket, some) in enumerate(zip(self.buckets, self._gradients, strict=True)):
+            counts = bucket.exact_steps()
+            pattern = [None if g is None else count - counts[0] for g, count in zip(some, counts, strict=True)]
+            if pattern != self._alike[index][0]:
+                self._alike[index] = pattern, _group_alike(bucket, self._first_columns[index], pattern)
+            for alike in self._alike[index][1]:
+                i, count = alike.group, alike.count + counts[0]
+                self._update(alike, some, lrs[i], groups[i], count, inverse, clips[i])
 
     def _update(
-        self, bucket: Bucket, own: int, chosen: list[int], gradients: list[Any], lr: float, group: Group, count: int,
-        inverse: float, clip: float,
-    ) -> None:  # fmt: skip
-        params = [bucket.segments[i].param for i in chosen]
+        self, alike: Alike, some: Gradients, lr: float, group: Group, count: int, inverse: float, clip: float
+    ) -> None:
+        bucket, params, compute = alike.bucket, alike.params, compute_dtype(alike.bucket.dtype)
         used = self._rule.used_states(group)
-        states = [
-            [bucket.segments[i].state[name] for i in chosen] if name in used else [] for name in self._rule.states
-        ]
-        compute = compute_dtype(bucket.dtype)
-        weights: list[Tensor] = params
+        states = [alike.state(name) if name in used else [] for name in self._rule.states]
+        weights = params
         if bucket.dtype != compute:
-            weights = [self._synced_master(bucket, i) for i in chosen]
-        gradients = [g if g.dtype == compute else g.to(compute) for g in gradients]
-        tensors = Tensors(weights, gradients, states, [self._rule.exempt(group, p) for p in params])
-        columns = [own + i for i in chosen]
+            weights = [self._synced_master(bucket, i) for i in alike.chosen]
+        chosen = [some[i] for i in alike.chosen]
+        gradients = [g if g.dtype == compute else g.to(compute) for g in chosen if g is not None]
+        tensors = Tensors(weights, gradients, states)
         if self.norms is not None:
-            tensors.g_norms = (self.norms[0, columns] * clip).tolist()
+            tensors.g_norms = (self.norms[0, alike.columns] * clip).tolist()
         self._rule.aten(tensors, lr, count, inverse * clip, group)
         if self.norms is not None and tensors.ratios:
-            self.norms[1, columns] = torch.tensor(tensors.w_norms, dtype=torch.float64)
-            self.norms[3, columns] = torch.tensor(tensors.ratios, dtype=torch.float64)
+            self.norms[1, alike.columns] = torch.tensor(tensors.w_norms, dtype=torch.float64)
+            self.norms[3, alike.columns] = torch.tensor(tensors.ratios, dtype=torch.float64)
         if bucket.dtype != compute:
             torch._foreach_copy_(params, weights)
         if used:
-            rows = chosen if len(chosen) < len(bucket.segments) else slice(None)
-            bucket.steps[rows] = count + 1
+            bucket.steps[alike.rows] = count + 1
             if bucket.shown_steps is not None:
-                bucket.shown_steps[rows] = count + 1
+                bucket.shown_steps[alike.rows] = count + 1
 
     @staticmethod
     def _synced_master(bucket: Bucket, i: int) -> Tensor:

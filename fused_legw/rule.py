@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -18,6 +18,8 @@ from .schedule import LEGW
 Group = dict[str, Any]  # one of torch.optim's param_groups
 Gradients = Sequence[Tensor | None]  # one per segment of a bucket, in the parameter's layout
 Hyper = scalars.MomentumHyper | scalars.AdamHyper
+
+_ROW, _SMALL = 256, 4096  # see `norms`
 
 
 def check_limit(limit: float | None) -> None:
@@ -87,7 +89,7 @@ class Rule:
         return self.two_stage
 
     def aten(self, tensors: Tensors, lr: float, count: int, scale: float, group: Group) -> None:
-        """One update of these tensors by ATen; the ratios are appended to `tensors.ratios`.
+        """One update of these tensors by ATen; where it has trust ratios, it fills in `tensors.ratios`.
 
         count: their earlier updates. scale: what their gradients are multiplied by, for clipping and AMP.
         """
@@ -98,14 +100,13 @@ class Rule:
 class Tensors:
     """The tensors of one group, dtype and count that ATen updates: lists, an entry per parameter.
 
-    states: a list for each of the rule's states; empty where the group does not use it. exempt: see `Rule.exempt`.
+    states: a list for each of the rule's states; empty where the group does not use it.
     g_norms: norms of the gradients as they are to be used, empty where not taken. w_norms, ratios: to be filled.
     """
 
     params: list[Tensor]
     grads: list[Tensor]
     states: list[list[Tensor]]
-    exempt: list[bool]
     g_norms: list[float] = field(default_factory=list)
     w_norms: list[float] = field(default_factory=list)
     ratios: list[float] = field(default_factory=list)
@@ -123,9 +124,52 @@ def log(x: Any) -> Any:
     return math.log(x) if x > 0 else -math.inf
 
 
+def floats(hyper: Any) -> Any:
+    """Hyper-parameters with those that are tensors read."""
+    return type(hyper)(*map(float, hyper))
+
+
 def scaled(grads: list[Tensor], factor: float) -> list[Tensor]:
     """The gradients times a factor, in new memory; themselves where it is 1."""
     return grads if factor == 1 else list(torch._foreach_mul(grads, factor))
+
+
+def batches(tensors: Sequence[Tensor], most: int = 1 << 19) -> Iterator[slice]:
+    """Runs of tensors with at most so many elements together, or of one: what is made for them stays in the cache."""
+    start = total = 0
+    for i, x in enumerate(tensors):
+        size = x.numel()
+        if total and total + size > most:
+            yield slice(start, i)
+            start, total = i, 0
+        total += size
+    yield slice(start, len(tensors))
+
+
+def norms(tensors: Sequence[Tensor]) -> list[float]:
+    """The L2 norm of each tensor, dense in any order, to 1e-7; it does not overflow where the values are finite.
+
+    Summed in float64, which is slow: of tensors of some size, over the norms of short rows, which are taken in the
+    tensor's dtype. All are read at once, and none depends on the others.
+    """
+    parts, lengths = [], []
+    for x in tensors:
+        size = x.numel()
+        x = x.view(-1) if x.is_contiguous() else x.as_strided((size,), (1,))
+        if x.dtype in (torch.float16, torch.bfloat16):
+            x = x.float()
+        rows = size // _ROW if size >= _SMALL else 0
+        if rows:
+            parts.append(torch.linalg.vector_norm(x[: rows * _ROW].view(rows, _ROW), dim=1))
+        if size > rows * _ROW:
+            parts.append(x[rows * _ROW :])
+        lengths.append(rows + size - rows * _ROW)
+    if not parts:
+        return [0.0] * len(tensors)
+    squares = torch.cat(parts).to("cpu", torch.float64).square_()
+    sums = torch.segment_reduce(squares, "sum", lengths=torch.tensor(lengths, device="cpu"), unsafe=True)
+    plain: list[float] = sums.sqrt_().tolist()
+    return [y if 1e-12 < y < 1e18 else norm(x) for x, y in zip(tensors, plain, strict=True)]
 
 
 def norm(x: Tensor) -> float:
