@@ -10,7 +10,7 @@ from torch import Tensor
 
 from legw_kernels.scalars import AdamHyper
 
-from .checks import check_not_negative
+from .checks import check_flag, check_pair, check_scalar
 from .optimizer import FusedOptimizer
 from .rule import Group, Rule, Tensors, batches, floats, log, number, scaled
 from .schedule import LEGW
@@ -24,22 +24,25 @@ class AdamRule(Rule):
     counts = True
 
     def check(self, group: Group) -> None:
-        if isinstance(group["lr"], Tensor) and group.get("foreach") and not group.get("capturable"):
-            raise ValueError("lr as a Tensor is not supported for capturable=False and foreach=True")
         super().check(group)
-        check_not_negative("epsilon value", group["eps"])
+        check_scalar("eps", group["eps"], "epsilon value")
+        for i, beta in enumerate(check_pair("betas", group["betas"])):
+            check_scalar(f"betas[{i}]", beta, f"beta parameter at index {i}", below=1.0)
+        check_flag("amsgrad", group["amsgrad"])
+        check_flag("decoupled_weight_decay", group["decoupled_weight_decay"])
+
+    def check_made(self, group: Group) -> None:
+        super().check_made(group)
         betas = group["betas"]
-        for i, beta in enumerate(betas):
-            if not 0.0 <= beta < 1.0:
-                raise ValueError(f"Invalid beta parameter at index {i}: {beta}")
         if not (all(isinstance(b, float) for b in betas) or all(isinstance(b, Tensor) for b in betas)):
             raise ValueError("betas must be either both floats or both Tensors")
-        for i, beta in enumerate(betas):
-            if isinstance(beta, Tensor):
-                if group.get("foreach") and not group.get("capturable"):
-                    raise ValueError(f"betas[{i}] as a Tensor is not supported for capturable=False and foreach=True")
-                if beta.numel() != 1:
-                    raise ValueError(f"Tensor betas[{i}] must be 1-element")
+        if group.get("foreach") and not group.get("capturable"):
+            for name, value in (("lr", group["lr"]), ("betas[0]", betas[0])):
+                if isinstance(value, Tensor):
+                    raise ValueError(f"{name} as a Tensor is not supported for capturable=False and foreach=True")
+
+    def complete(self, group: Group) -> None:
+        group["betas"] = tuple(group["betas"])
 
     def used_states(self, group: Group) -> tuple[str, ...]:
         return self.states if group.get("amsgrad") else self.states[:2]

@@ -70,7 +70,7 @@ class AtenBackend:
         self.device = buckets[0].device
         self._rule, self.buckets = rule, buckets
         self.counts = torch.tensor([steps_applied, 0], dtype=torch.int64, device="cpu")
-        self.norms: Tensor | None = None
+        self._norms: Tensor | None = None
         self.nonfinite = torch.zeros(1, device="cpu")
         self._norm = 0.0
         self._first_columns = list(accumulate((len(bucket.segments) for bucket in buckets), initial=0))
@@ -84,8 +84,8 @@ class AtenBackend:
                 "backend='aten' cannot be captured: its LR and counts are on the host; use backend='triton'"
             )
         self._gradients = gradients
-        if self.norms is None and (control.global_norm or self._rule.adapts):
-            self.norms = torch.zeros(4, self._first_columns[-1], dtype=torch.float64, device="cpu")
+        if self._norms is None and (control.global_norm or self._rule.adapts):
+            self._norms = torch.zeros(3, self._first_columns[-1], dtype=torch.float64, device="cpu")
 
     def write_groups(self, groups: Sequence[Group]) -> None:
         """Nothing: every step reads the groups."""
@@ -93,14 +93,20 @@ class AtenBackend:
     def measure(self, control: Control, *, updates: bool, gradients: bool, clips: bool) -> None:
         """Norms of the gradients; those of weights and updates are taken as the tensors are updated."""
         if gradients:
-            assert self.norms is not None
+            assert self._norms is not None
             found = iter(norms([g for some in self._gradients for g in some if g is not None]))
             every = [0.0 if g is None else next(found) for some in self._gradients for g in some]
-            self.norms[0] = torch.tensor(every, dtype=torch.float64, device="cpu") * control.inverse_scale
-            self._norm = norm(self.norms[0])
+            self._norms[0] = torch.tensor(every, dtype=torch.float64, device="cpu") * control.inverse_scale
+            self._norm = norm(self._norms[0])
 
     def global_norm(self) -> Tensor:
         return torch.tensor(self._norm, dtype=torch.float64, device="cpu")
+
+    def norms(self, kind: str) -> list[Tensor] | None:
+        """One kind of norm of each tensor, bucket by bucket; None before any were taken."""
+        if self._norms is None:
+            return None
+        return list(self._norms[("gradient", "weight", "ratio").index(kind)].clone().unbind())
 
     def take_norms(self, others: Sequence[Tensor]) -> None:
         self._norm = math.hypot(self._norm, *map(float, others))
@@ -142,12 +148,12 @@ class AtenBackend:
         chosen = [some[i] for i in alike.chosen]
         gradients = [g if g.dtype == compute else g.to(compute) for g in chosen if g is not None]
         tensors = Tensors(weights, gradients, states)
-        if self.norms is not None:
-            tensors.g_norms = (self.norms[0, alike.columns] * clip).tolist()
+        if self._norms is not None:
+            tensors.g_norms = (self._norms[0, alike.columns] * clip).tolist()
         self._rule.aten(tensors, lr, count, inverse * clip, group)
-        if self.norms is not None and tensors.ratios:
-            self.norms[1, alike.columns] = torch.tensor(tensors.w_norms, dtype=torch.float64)
-            self.norms[3, alike.columns] = torch.tensor(tensors.ratios, dtype=torch.float64)
+        if self._norms is not None and tensors.ratios:
+            self._norms[1, alike.columns] = torch.tensor(tensors.w_norms, dtype=torch.float64)
+            self._norms[2, alike.columns] = torch.tensor(tensors.ratios, dtype=torch.float64)
         if bucket.dtype != compute:
             torch._foreach_copy_(params, weights)
         if used:

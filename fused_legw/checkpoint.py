@@ -12,10 +12,11 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
-from .checks import check_state, check_step
+from .checks import check_state, check_step, naming
 from .decays import count
 from .flat import MASTER, STEP
 from .layout import check_params
+from .rule import check_written_lr
 from .schedule import LEGW
 
 if TYPE_CHECKING:
@@ -58,18 +59,21 @@ def pack(optimizer: FusedOptimizer, state_dict: StateDict) -> StateDict:
 def unpack(optimizer: FusedOptimizer, state_dict: StateDict) -> StateDict:
     """A state dict, ours or torch.optim's, made fit for torch's load_state_dict; raises before anything changes."""
     groups = [dict(group) for group in state_dict["param_groups"]]
-    for group, live in zip(groups, optimizer.param_groups, strict=False):
-        if group.get("schedule") is None:  # torch.optim's, or of a run without: the optimizer keeps its own
-            group["schedule"] = live["schedule"]
-        elif isinstance(group["schedule"], dict):
-            group["schedule"] = LEGW.from_dict(group["schedule"])
-        elif not isinstance(group["schedule"], LEGW):
-            raise ValueError(f"schedule must be a LEGW, what LEGW.to_dict() gives or None, got {group['schedule']!r}")
+    for i, (group, live) in enumerate(zip(groups, optimizer.param_groups, strict=False)):
+        label = f"the state dict's param_groups[{i}]"
         for name, default in optimizer.defaults.items():
             group.setdefault(name, live.get(name, default))
-        optimizer._rule.check(group)
+        with naming(label):
+            if group["schedule"] is None:  # torch.optim's, or of a run without: the optimizer keeps its own
+                group["schedule"] = live["schedule"]
+            elif not isinstance(group["schedule"], LEGW):
+                group["schedule"] = LEGW.from_dict(group["schedule"])
+            optimizer._rule.check(group)
+        check_written_lr(label, group["lr"])
+        optimizer._rule.complete(group)
     _check_steps(optimizer, groups)
-    check_params(optimizer._rule, optimizer.param_groups, {}, optimizer._options["backend"])
+    as_loaded = [{**live, "lr": group["lr"]} for group, live in zip(groups, optimizer.param_groups, strict=False)]
+    check_params(optimizer._rule, as_loaded, {}, optimizer._options["backend"])
     shapes = {
         i: p.shape
         for group, live in zip(groups, optimizer.param_groups, strict=False)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 import numbers
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from itertools import pairwise
 from typing import Any
 
@@ -47,14 +48,70 @@ def check_overlaps(named: Sequence[tuple[str, Tensor]]) -> None:
             raise ValueError(f"{name} and {other} share memory: pass one of them, or clone one")
 
 
-def check_not_negative(name: str, value: Any) -> None:
-    """torch.optim's message for a hyper-parameter below zero."""
+@contextmanager
+def naming(label: str) -> Iterator[None]:
+    """Let errors say whose value it is."""
     try:
-        valid = bool(value >= 0.0)
-    except TypeError as error:
-        raise TypeError(f"Invalid {name}: {value!r}") from error
-    if not valid:
-        raise ValueError(f"Invalid {name}: {value}")
+        yield
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise type(error)(f"{label}: {error}") from None
+
+
+def unread(value: Any) -> bool:
+    """Whether this is a tensor that checks must not read, because that would wait for its device."""
+    return isinstance(value, Tensor) and value.device.type != "cpu"
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, numbers.Real)
+
+
+def check_number(name: str, value: Any, torchs: str = "", *, low: float = 0.0, below: float = math.inf) -> None:
+    """A finite number, low <= value < below. torchs: what torch.optim's message calls it."""
+    if not _is_number(value):
+        raise TypeError(f"{name} must be a number, got {value!r}")
+    if not (math.isfinite(value) and low <= value < below):
+        raise ValueError(f"Invalid {torchs or name}: {value}")
+
+
+def check_scalar(name: str, value: Any, torchs: str = "", *, low: float = 0.0, below: float = math.inf) -> None:
+    """As `check_number`, or a 1-element tensor; one that is not on the CPU may hold anything."""
+    if isinstance(value, Tensor):
+        if value.numel() != 1:
+            raise ValueError(f"Tensor {name} must be 1-element, got shape {tuple(value.shape)}")
+        if unread(value):
+            return
+        value = value.item()
+    check_number(name, value, torchs, low=low, below=below)
+
+
+def check_flag(name: str, value: Any) -> None:
+    """True or False, also as a number or NumPy's; a set looks into no tensor."""
+    if not (isinstance(value, Hashable) and value in {0, 1}):
+        raise TypeError(f"{name} must be True or False, got {value!r}")
+
+
+def check_limit(name: str, value: Any) -> None:
+    """A threshold, which may be infinite, or None."""
+    if value is not None and not _is_number(value):
+        raise TypeError(f"{name} must be a number or None, got {value!r}")
+    if value is not None and not value > 0:
+        raise ValueError(f"{name} must be greater than 0, or None, got {value!r}")
+
+
+def check_pair(name: str, value: Any) -> tuple[Any, Any]:
+    """Two values, as a tuple."""
+    try:
+        first, second = value
+    except (TypeError, ValueError):
+        raise ValueError(f"{name} must be two values, got {value!r}") from None
+    return first, second
+
+
+def check_range(name: str, value: Any) -> None:
+    low, high = check_pair(name, value)
+    if not (_is_number(low) and _is_number(high) and 0 <= low <= high):
+        raise ValueError(f"{name} must be (low, high) with 0 <= low <= high, or None, got {value!r}")
 
 
 def check_lr(lr: object, name: str, p: Tensor) -> None:
@@ -75,18 +132,6 @@ def check_state(label: str, state: Mapping[str, Any], names: Iterable[str], shap
             raise ValueError(f"{label}[{name!r}] has {found}, but its parameter has shape {tuple(shape)}")
 
 
-def usable_gradient(p: Tensor) -> bool:
-    """Whether `check_gradient` has nothing to say; asked of every parameter at every step."""
-    g = p.grad
-    return g is None or (
-        type(g) is Tensor
-        and g.dtype in DTYPES
-        and g.layout is torch.strided
-        and g.shape == p.shape
-        and g.device == p.device
-    )
-
-
 def check_gradient(name: str, p: Tensor) -> None:
     gradient = p.grad
     if gradient is not None:
@@ -105,15 +150,6 @@ def _check_plain(name: str, x: Tensor) -> None:
         raise RuntimeError(f"{name} has layout {x.layout}: sparse tensors are not supported, only torch.strided")
     if x.dtype not in DTYPES:
         raise TypeError(f"{name} has dtype {x.dtype}: supported are {', '.join(map(str, DTYPES))}")
-
-
-def check_number_or_tensor(name: str, value: Any) -> None:
-    """A hyper-parameter that the step reads as a number; a tensor is not read, which would wait for its device."""
-    if isinstance(value, Tensor):
-        if value.numel() != 1:
-            raise ValueError(f"{name} must be a number or a 1-element tensor, got shape {tuple(value.shape)}")
-    elif not isinstance(value, numbers.Real):
-        raise TypeError(f"{name} must be a number or a 1-element tensor, got {value!r}")
 
 
 def check_step(label: str, value: Any) -> None:

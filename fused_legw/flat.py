@@ -8,14 +8,21 @@ are updated by the same launch.
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from .checks import DTYPES
+
 MASTER = "master_param"
 STEP = "step"
+_DTYPE_OF, _DEVICE_OF = operator.attrgetter("dtype"), operator.attrgetter("device")
+_USUAL_KINDS, _USUAL_DTYPES = {Tensor, type(None)}, set(DTYPES)
+MOST_CHUNKS = 4096
 
 
 @dataclass
@@ -25,6 +32,8 @@ class Segment:
     param: Tensor
     group: int  # index into param_groups
     first_tile: int
+    first_chunk: int
+    chunk_tiles: int  # tiles of a chunk
     place: tuple[object, ...] = ()  # where the parameter was when adopted: see `place_of`
     state: dict[str, Tensor] = field(default_factory=dict)  # live views with the parameter's shape and strides
     shown: set[str] = field(default_factory=set)  # names of those that optimizer.state holds
@@ -45,6 +54,21 @@ def compute_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
+def chunk_tiles(tiles: int, dtype: torch.dtype) -> int:
+    """How many tiles of a tensor share one partial norm, and the scalars of one update.
+
+    A matter of the tensor alone, so that its norm has the same bits beside any others. At least 4: fewer partials to
+    add up. At most 4,096 partials a tensor, which every program that updates it adds up. In float64 a single tile: its
+    norm is stored as it is, where the squares of several could overflow.
+    """
+    if dtype == torch.float64:
+        return 1
+    size = 4
+    while size * MOST_CHUNKS < tiles:
+        size *= 2
+    return size
+
+
 def may_move(p: Tensor) -> bool:
     """Whether the parameter has its storage to itself: no other view, tensor, process or library refers to it.
 
@@ -62,23 +86,30 @@ def may_move(p: Tensor) -> bool:
 class Bucket:
     """The parameters of one (device, dtype).
 
-    segments: one per parameter, in param-group order. tiles: int32, the segment each tile belongs to. steps: int64,
-    each segment's counted updates; both on tables_device, as is shown_steps, float32, the same for optimizer.state
-    where it has a "step". weights: the flat buffer of the parameters that may move, or None. state: flat buffers by
-    name, in the compute dtype; float32 masters of low-precision parameters are the one named "master_param".
+    segments: one per parameter, in param-group order. n_tiles: of them all. chunks: int32, the segment that each chunk
+    belongs to, a few tiles of one segment. steps: int64, each segment's counted updates; both on tables_device, as is
+    shown_steps, float32, the same for optimizer.state where it has a "step". weights: the flat buffer of the parameters
+    that may move, or None. state: flat buffers by name, in the compute dtype; float32 masters of low-precision
+    parameters are the one named "master_param".
     """
 
     def __init__(self, params: Sequence[tuple[Tensor, int]], tile: int, tables_device: torch.device) -> None:
         first = params[0][0]
         self.device, self.dtype, self.tile = first.device, first.dtype, tile
         self.segments: list[Segment] = []
+        self.n_tiles = 0
         owner: list[int] = []
         for i, (p, group) in enumerate(params):
-            self.segments.append(Segment(p, group, len(owner)))
-            owner += [i] * self._tiles_of(p)
-        self.tiles = torch.tensor(owner, dtype=torch.int32, device="cpu").to(tables_device)
+            tiles = self._tiles_of(p)
+            size = chunk_tiles(tiles, self.dtype)
+            self.segments.append(Segment(p, group, self.n_tiles, len(owner), size))
+            owner += [i] * -(-tiles // size)
+            self.n_tiles += tiles
+        self.chunks = torch.tensor(owner, dtype=torch.int32, device="cpu").to(tables_device)
         self.steps = torch.zeros(len(params), dtype=torch.int64, device=tables_device)
         self.shown_steps: Tensor | None = None
+        self.params = [p for p, _ in params]
+        self.waiting = set(range(len(params)))  # segments whose state optimizer.state does not hold yet
         self.weights: Tensor | None = None
         self.state: dict[str, Tensor] = {}
 
@@ -89,7 +120,7 @@ class Bucket:
         """A flat buffer for one kind of state, and each segment's view of it; zero, but for the masters."""
         if name in self.state:
             return
-        size = self.tiles.numel() * self.tile
+        size = self.n_tiles * self.tile
         self.state[name] = torch.zeros(size, dtype=compute_dtype(self.dtype), device=self.device)
         for segment in self.segments:
             p = segment.param
@@ -129,8 +160,47 @@ class Bucket:
             assert self.weights is not None
             p.data = self.weights.as_strided(p.shape, p.stride(), offset).copy_(p)
             offset += self._tiles_of(p) * self.tile
+        self.note_places()
+
+    def note_places(self) -> None:
+        """Remember where each parameter is now."""
         for segment in self.segments:
             segment.place = place_of(segment.param)
+        self.addresses = list(map(Tensor.data_ptr, self.params))
+        self._strides = list(map(Tensor.stride, self.params))
+        self._sizes = list(map(Tensor.numel, self.params))
+        self._contiguous = all(map(Tensor.is_contiguous, self.params))
+
+    # Every step asks what follows, so it is done in a few passes at the speed of C, a Python call for none of the
+    # tensors. A parameter given another shape at the same address is seen by the gradient that then comes with it.
+
+    @property
+    def moved(self) -> bool:
+        """Whether a parameter's memory is no longer where it was."""
+        return list(map(Tensor.data_ptr, self.params)) != self.addresses
+
+    def usual(self, gradients: list[Tensor | None]) -> bool:
+        """Whether every gradient there is can be read as it is, in the order of its parameter's elements."""
+        kinds = set(map(type, gradients))
+        if not kinds <= _USUAL_KINDS:
+            return False
+        seen: list[Any] = gradients
+        if type(None) in kinds:
+            seen = [p if g is None else g for p, g in zip(self.params, gradients, strict=True)]
+        try:
+            in_order = (
+                all(map(Tensor.is_contiguous, seen))
+                if self._contiguous
+                else list(map(Tensor.stride, seen)) == self._strides
+            )
+        except RuntimeError:  # sparse tensors have no strides
+            return False
+        return (
+            in_order
+            and list(map(Tensor.numel, seen)) == self._sizes
+            and set(map(_DTYPE_OF, seen)) <= _USUAL_DTYPES
+            and set(map(_DEVICE_OF, seen)) <= {self.device}
+        )
 
 
 def in_layout_of(p: Tensor, gradient: Tensor) -> Tensor:

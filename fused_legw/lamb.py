@@ -14,6 +14,7 @@ from legw_kernels.scalars import AdamHyper
 
 from . import variants
 from .adam import AdamRule, fused_adam
+from .checks import check_flag
 from .optimizer import FusedOptimizer
 from .rule import Group, Tensors, batches, floats, norms, scaled
 from .schedule import LEGW
@@ -28,14 +29,16 @@ class LAMBRule(AdamRule):
 
     def check(self, group: Group) -> None:
         variants.check(variants.LAMB, group, ("nothing", "no_decay"))
-        for name in ("weight_norm_clamp", "trust_clamp"):
-            clamp = group[name]
-            if clamp is not None and not (len(clamp) == 2 and 0 <= clamp[0] <= clamp[1]):
-                raise ValueError(f"{name} must be (low, high) with 0 <= low <= high, or None, got {clamp!r}")
-        axes = variants.axes(variants.LAMB, group)
-        super().check({**group, "eps": axes["eps"], "weight_decay": axes["weight_decay"]})
+        check_flag("adapt", group["adapt"])
+        super().check(self._as_adams(group))
+
+    @staticmethod
+    def _as_adams(group: Group) -> Group:
+        """The group with its axes filled in. "amsgrad" means nothing here, and may stand in a dict of Adam's."""
+        return {**group, **variants.axes(variants.LAMB, group), "amsgrad": False}
 
     def complete(self, group: Group) -> None:
+        super().complete(group)
         # External code, such as a weight-decay schedule, reads this as a number.
         if group["weight_decay"] is None:
             group["weight_decay"] = variants.LAMB[group["variant"]]["weight_decay"]
@@ -47,7 +50,7 @@ class LAMBRule(AdamRule):
         adapts = bool(group["adapt"]) and not (no_decay and axes["weight_decay"] == 0)
         weight_low, weight_high = axes["weight_norm_clamp"] or (0.0, math.inf)
         ratio_low, ratio_high = axes["trust_clamp"] or (0.0, math.inf)
-        adam = super().hyper({**group, **axes})
+        adam = super().hyper(self._as_adams(group))
         return adam._replace(
             bias_correction=2.0 if kind == "step_size" else float(kind),
             adapt=adapts * (2.0 if axes["weight_norm_clamp"] or axes["trust_clamp"] else 1.0),
@@ -58,7 +61,7 @@ class LAMBRule(AdamRule):
         )
 
     def clip(self, group: Group) -> tuple[float, bool]:
-        limit, _ = super().clip({**group, **variants.axes(variants.LAMB, group)})
+        limit, _ = super().clip(self._as_adams(group))
         return limit, group["variant"] in variants.DIVIDING
 
     def aten(self, tensors: Tensors, lr: float, count: int, scale: float, group: Group) -> None:

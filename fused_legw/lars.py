@@ -12,6 +12,7 @@ from legw_kernels import scalars
 from legw_kernels.scalars import MomentumHyper
 
 from . import variants
+from .checks import check_flag, check_number, unread
 from .optimizer import FusedOptimizer
 from .rule import Group, Tensors, batches, floats, norms, scaled
 from .schedule import LEGW
@@ -34,17 +35,17 @@ class LARSRule(SGDRule):
     adapts = True
 
     def check(self, group: Group) -> None:
-        variants.check(variants.LARS, group, ("nothing", "no_decay", "vectors"))
         super().check(group)
-        plain = group["variant"] in variants.PLAIN_MOMENTUM_ONLY
-        if plain and (group["nesterov"] or group["dampening"] != 0):
+        variants.check(variants.LARS, group, ("nothing", "no_decay", "vectors"))
+        check_flag("adapt", group["adapt"])
+        nesterov, dampening = group["nesterov"], group["dampening"]
+        if group["variant"] in variants.PLAIN_MOMENTUM_ONLY and (nesterov or unread(dampening) or dampening != 0):
             raise ValueError(
                 f"variant {group['variant']!r} defines neither nesterov nor dampening, got "
-                f"nesterov={group['nesterov']!r}, dampening={group['dampening']!r}"
+                f"nesterov={nesterov!r}, dampening={dampening!r}"
             )
-        for name in ("trust_coefficient", "eps"):
-            if group[name] is not None and not group[name] >= 0:
-                raise ValueError(f"{name} must be zero or more, got {group[name]!r}")
+        if group.get("eps") is not None:
+            check_number("eps", group["eps"])
 
     def hyper(self, group: Group) -> MomentumHyper:
         axes = variants.axes(variants.LARS, group)
@@ -60,15 +61,15 @@ class LARSRule(SGDRule):
             adapt=float(group["adapt"] and not (no_decay and group["weight_decay"] == 0)),
         )
 
-    def exempt(self, group: Group, p: Tensor) -> bool:
-        return p.ndim <= 1 and _exempts_vectors(group)
+    def exempts_vectors(self, group: Group) -> bool:
+        return bool(variants.axes(variants.LARS, group)["not_adapted"] == "vectors")
 
     def measures_clipped(self, group: Group) -> bool:
         return bool(self.hyper(group).norm_of_sum)
 
     def aten(self, tensors: Tensors, lr: float, count: int, scale: float, group: Group) -> None:
         h = floats(self.hyper(group))
-        exempt, exempts = h._replace(adapt=0.0, weight_decay=0.0), _exempts_vectors(group)
+        exempt, exempts = h._replace(adapt=0.0, weight_decay=0.0), self.exempts_vectors(group)
         tensors.w_norms = norms(tensors.params)
         x_norms = _norms_of_sums(tensors, h, count, scale) if h.norm_of_sum else tensors.g_norms
         momenta = [[m] for m in tensors.states[0]] or [[]] * len(tensors.params)
@@ -79,10 +80,6 @@ class LARSRule(SGDRule):
             inner, outer = scalars.lars_factors(lr, ratio, own.form)
             fused_sgd([p], [g], m, own, outer, inner * scale, inner * decay, count)
             tensors.ratios.append(ratio)
-
-
-def _exempts_vectors(group: Group) -> bool:
-    return bool(variants.axes(variants.LARS, group)["not_adapted"] == "vectors")
 
 
 def _norms_of_sums(tensors: Tensors, h: MomentumHyper, count: int, scale: float) -> list[float]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Mapping
+from itertools import chain
 from typing import Any
 
 import torch
@@ -41,12 +42,14 @@ def check_params(rule: Rule, groups: list[Group], state: State, backend: str | N
     checks.check_overlaps([(name, p) for name, p, _ in named])
 
 
-def _state_changed(segment: flat.Segment, state: State) -> bool:
-    """Whether someone else replaced, added or removed entries of the optimizer's state."""
+def _state_changed(segment: flat.Segment, state: State, names: tuple[str, ...]) -> bool:
+    """Whether someone else replaced, added or removed entries of the optimizer's state. names: those of its rule."""
     own = state.get(segment.param, {})
-    for name, view in segment.state.items():  # noqa: SIM110  # a generator would cost each step more
+    for name, view in segment.state.items():  # a generator would cost each step more
         if own.get(name) is not (view if name in segment.shown else None):
             return True
+    if len(own) > len(segment.shown):  # given where this layout made no room: momentum while that is 0, say
+        return any(own.get(name) is not None and name not in segment.state for name in names)
     return False
 
 
@@ -68,6 +71,8 @@ class Layout:
     ) -> None:
         """rule, groups, state: the optimizer's. previous: the layout this one replaces."""
         self._rule, self._groups, self._state = rule, groups, state
+        self._held = list[object]()  # what `state` held when it was last looked at
+        self._used = list[tuple[str, ...]]()  # the state that each group used in the last step
         self._built_for = [(group["schedule"], list(group["params"])) for group in groups]
         self.buckets: list[flat.Bucket] = []
         self.devices: list[TritonBackend | AtenBackend] = []
@@ -94,7 +99,7 @@ class Layout:
         in_use = {p.untyped_storage().data_ptr() for _, p, _ in named_params(groups)}
         made += previous._weights if previous else []
         self._weights: list[Tensor] = [weights for weights in made if weights.data_ptr() in in_use]
-        self._replayed: list[tuple[set[object], list[bool]]] = []  # what each captured step has; see _needs
+        self._replayed: list[set[object]] = []  # what each captured step has; see _needs
         # A captured graph goes on addressing the layout it was captured with.
         self._kept: list[Layout] = []
         if previous is not None:
@@ -131,13 +136,8 @@ class Layout:
             segment.param: count
             for bucket in self.buckets
             for segment, count in zip(bucket.segments, bucket.exact_steps(), strict=True)
-            if not _state_changed(segment, state) and not self._given(segment, state)
+            if not _state_changed(segment, state, self._rule.states)
         }
-
-    def _given(self, segment: flat.Segment, state: State) -> bool:
-        """Whether the state holds what this layout made no room for: loaded where momentum had been 0, say."""
-        own = state.get(segment.param, {})
-        return any(own.get(name) is not None and name not in segment.state for name in self._rule.states)
 
     def fresh(self, *, asked: bool = True) -> set[Tensor]:
         """Parameters with state that no step has updated yet; without those whose state was asked for, if not asked."""
@@ -148,8 +148,8 @@ class Layout:
             if count == 0 and self._rule.used_states(self._groups[segment.group]) and (asked or not segment.asked)
         }
 
-    def stale(self, groups: list[Group], state: State) -> bool:
-        """Whether anything is not what or where it was. Every step asks, so this allocates next to nothing."""
+    def stale(self, groups: list[Group], state: State, *, thorough: bool = False) -> bool:
+        """Whether anything is not what or where it was. Every step asks. thorough: look at more than addresses."""
         if groups is not self._groups or state is not self._state or len(groups) != len(self._built_for):
             return True
         for group, (schedule, params) in zip(groups, self._built_for, strict=True):
@@ -157,22 +157,49 @@ class Layout:
                 return True
             if any(map(operator.is_not, group["params"], params)):
                 return True
-        return any(segment.moved or _state_changed(segment, state) for b in self.buckets for segment in b.segments)
+        if any(bucket.moved for bucket in self.buckets) or self._state_changed(state):
+            return True
+        return thorough and any(segment.moved for bucket in self.buckets for segment in bucket.segments)
 
-    def gradients(self, bucket: flat.Bucket, frozen: set[int]) -> list[Tensor | None]:
-        """The gradient of each segment that is to move, in its parameter's layout; its state is made and shown."""
+    def _state_changed(self, state: State) -> bool:
+        """Whether someone else changed the optimizer's state; entry by entry only where it holds other objects."""
+        held = [*state, *chain.from_iterable(map(dict.values, state.values()))]
+        if len(held) == len(self._held) and all(map(operator.is_, held, self._held)):
+            return False
+        if any(_state_changed(s, state, self._rule.states) for bucket in self.buckets for s in bucket.segments):
+            return True
+        self._held = held
+        return False
+
+    def raw_gradients(self) -> list[list[Tensor | None]]:
+        """What `grad` each parameter has, by bucket."""
+        return [[p.grad for p in bucket.params] for bucket in self.buckets]
+
+    def gradients(self, raw: list[list[Tensor | None]], frozen: set[int], *, usual: bool) -> list[list[Tensor | None]]:
+        """The gradient of each segment that is to move, in its parameter's layout, by bucket; its state is shown.
+
+        usual: whether `raw` are all in that layout. frozen: groups whose state is made, but which do not move.
+        """
         step = (flat.STEP,) if self._rule.counts else ()
         used = [(*self._rule.used_states(group), *step) for group in self._groups]
-        gradients: list[Tensor | None] = []
-        for segment in bucket.segments:
-            gradient = segment.param.grad
-            if gradient is not None:
-                names = used[segment.group]
-                if len(segment.shown) < len(segment.state) or not segment.shown.issuperset(names):
-                    self._show(bucket, segment, names)
-                segment.asked |= segment.group in frozen
-                gradient = None if segment.group in frozen else flat.in_layout_of(segment.param, gradient)
-            gradients.append(gradient)
+        if used != self._used:
+            self._used = used
+            for bucket in self.buckets:
+                bucket.waiting.update(range(len(bucket.segments)))
+        for bucket, gradients in zip(self.buckets, raw, strict=True):
+            for i in [i for i in bucket.waiting if gradients[i] is not None]:
+                self._show(bucket, bucket.segments[i], used[bucket.segments[i].group])
+                bucket.waiting.remove(i)
+        if usual and not frozen:
+            return raw
+        return [self._moving(bucket, gradients, frozen) for bucket, gradients in zip(self.buckets, raw, strict=True)]
+
+    def _moving(self, bucket: flat.Bucket, raw: list[Tensor | None], frozen: set[int]) -> list[Tensor | None]:
+        gradients = list[Tensor | None]()
+        for segment, g in zip(bucket.segments, raw, strict=True):
+            segment.asked |= g is not None and segment.group in frozen
+            moves = g is not None and segment.group not in frozen
+            gradients.append(flat.in_layout_of(segment.param, g) if moves and g is not None else None)
         return gradients
 
     def _show(self, bucket: flat.Bucket, segment: flat.Segment, names: tuple[str, ...]) -> None:
@@ -189,13 +216,14 @@ class Layout:
     def step(
         self,
         groups: list[Group],
-        gradients: list[list[list[Tensor | None]]],
+        gradients: list[list[Tensor | None]],
         control: Control,
         *,
         advance: bool,
     ) -> None:
-        """One step on every device. gradients: by device, bucket and segment. advance: whether it counts as applied."""
-        for device, own in zip(self.devices, gradients, strict=True):
+        """One step on every device. gradients: by bucket and segment. advance: whether it counts as applied."""
+        for device in self.devices:
+            own = [g for bucket, g in zip(self.buckets, gradients, strict=True) if bucket in device.buckets]
             device.begin(groups, own, control, len(self.devices) - 1)
         if self.capturing:
             self._replayed.append(self._needs(groups))
@@ -208,24 +236,22 @@ class Layout:
         for device in self.devices:
             device.update(groups, control, advance=advance)
 
-    def _needs(self, groups: list[Group]) -> tuple[set[object], list[bool]]:
-        """What the groups' options need beyond values in the group table: kernels, states, exempt tensors."""
+    def _needs(self, groups: list[Group]) -> set[object]:
+        """What the groups' options need beyond values in the group table: kernels and states."""
         needs: set[object] = {(i, name) for i, group in enumerate(groups) for name in self._rule.used_states(group)}
         if self._rule.clips(groups):
             needs.add("clipping")
             if any(map(self._rule.measures_clipped, groups)):
                 needs.add("norms of clipped gradients")
-        return needs, [self._rule.exempt(groups[s.group], s.param) for b in self.buckets for s in b.segments]
+        return needs
 
     def check_replays(self, groups: list[Group]) -> None:
         """Refuse options that a captured step cannot follow."""
-        needs, exempt = self._needs(groups)
-        for had, exempted in self._replayed:
-            if exempt != exempted or not needs <= had:
-                raise RuntimeError(
-                    "an option changed what a step consists of (clipping, state, or which tensors are adapted): "
-                    "make a step, then capture it again"
-                )
+        needs = self._needs(groups)
+        if not all(needs <= had for had in self._replayed):
+            raise RuntimeError(
+                "an option changed what a step consists of (clipping or state): make a step, then capture it again"
+            )
 
     def _measure(self, control: Control, *, updates: bool, gradients: bool, clips: bool) -> None:
         for device in self.devices:
@@ -235,15 +261,15 @@ class Layout:
             for i, device in enumerate(self.devices):
                 device.take_norms(norms[:i] + norms[i + 1 :])
 
-    def norms(self, row: int) -> dict[Tensor, Tensor] | None:
-        """One kind of norm by parameter, from the last step that took any; None if none did."""
+    def norms(self, kind: str) -> dict[Tensor, Tensor] | None:
+        """By parameter, of the last step that took any: its "gradient" or "weight" norm, or its trust "ratio"."""
         found: dict[Tensor, Tensor] = {}
         for device in self.devices:
-            if device.norms is None:
+            norms = device.norms(kind)
+            if norms is None:
                 return None
-            values = iter(device.norms[row].unbind())
-            for bucket in device.buckets:
-                found.update((segment.param, next(values)) for segment in bucket.segments)
+            params = (segment.param for bucket in device.buckets for segment in bucket.segments)
+            found.update(zip(params, norms, strict=True))
         return found
 
     @property
@@ -253,11 +279,11 @@ class Layout:
     def unflatten(self) -> None:
         """Give every parameter that lives in a buffer made here, or in an earlier layout, a storage of its own."""
         made = {weights.data_ptr() for weights in self._weights}
-        for segment in (segment for bucket in self.buckets for segment in bucket.segments):
-            p = segment.param
-            if p.untyped_storage().data_ptr() in made:
-                p.data = p.data.clone(memory_format=torch.preserve_format)
-                segment.place = flat.place_of(p)
+        for bucket in self.buckets:
+            for p in bucket.params:
+                if p.untyped_storage().data_ptr() in made:
+                    p.data = p.data.clone(memory_format=torch.preserve_format)
+            bucket.note_places()
         self._weights = []
 
     @property

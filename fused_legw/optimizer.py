@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -12,13 +13,8 @@ from . import checkpoint, checks
 from .control import Control
 from .decays import count
 from .layout import Layout, check_params, named_params
-from .rule import Rule, check_limit, group_lr
+from .rule import Group, Rule, Written, check_written_lr, group_lr
 from .schedule import LEGW
-
-
-def _check_schedule(group: int, schedule: object) -> None:
-    if schedule is not None and not isinstance(schedule, LEGW):
-        raise ValueError(f"param_groups[{group}]['schedule'] must be a LEGW or None, got {schedule!r}")
 
 
 class FusedOptimizer(torch.optim.Optimizer):
@@ -35,9 +31,10 @@ class FusedOptimizer(torch.optim.Optimizer):
 
     In a group that follows a schedule, `param_groups[i]["schedule"]` holds it and can be replaced; ["lr"] and
     ["steps_applied"] show the LR of the last step and the updates that the host knows of, which on a GPU include
-    skipped ones; an "lr_scale" in the group multiplies the schedule's LR. Writing to that "lr" is an error at the next
-    step, but for 0: then state is made for the group's tensors, which do not move, and if all scheduled groups are so
-    written the step does not count (torch.distributed.checkpoint does that, and writes back).
+    skipped ones; an "lr_scale" in the group, a finite number, zero or more, multiplies the schedule's LR. Writing to
+    that "lr" is an error at the next step, but for 0: then state is made for the group's tensors, which do not move,
+    and if all scheduled groups are so written the step does not count (torch.distributed.checkpoint does that, and
+    writes back).
 
     torch.amp.GradScaler hands its scale and inf check to `step` through the attributes grad_scale and found_inf.
     """
@@ -59,36 +56,48 @@ class FusedOptimizer(torch.optim.Optimizer):
     ) -> None:
         if not isinstance(tile, int) or tile < 16 or tile & (tile - 1):
             raise ValueError(f"tile must be a power of two, 16 or more, got {tile!r}")
-        self._rule.check(defaults)
+        for name, flag in dict(skip_nonfinite=skip_nonfinite, flatten=flatten, master_weights=master_weights).items():
+            checks.check_flag(name, flag)
+        defaults = {**defaults, "schedule": None}
+        self._check_made(dict(defaults))
         self._options: dict[str, Any] = dict(backend=backend, flatten=flatten, master_weights=master_weights, tile=tile)
         self.skip_nonfinite = skip_nonfinite
         self._layout: Layout | None = None
         self._shown_lr: dict[int, float] = {}  # by id of the group: what we wrote to its "lr"
         self._host_steps = 0  # what the host knows of steps_applied without asking a device
         self._steps_given = False
-        super().__init__(params, {**defaults, "schedule": None})
+        self._written = Written(self._rule, defaults)
+        super().__init__(params, defaults)
         self.register_state_dict_post_hook(checkpoint.pack)  # type: ignore[arg-type]
         self._adopt()
 
     # Param groups and the learning rate
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """As in torch.optim; the group's `lr` may be a LEGW schedule of its own."""
+        """As in torch.optim; the group's `lr` may be a LEGW schedule of its own.
+
+        Raises ValueError, TypeError or RuntimeError, before anything changes, as the constructor does.
+        """
         super().add_param_group(param_group)
         group = self.param_groups[-1]
         try:
-            self._rule.check(group)
+            with checks.naming(f"param_groups[{len(self.param_groups) - 1}]"):
+                self._check_made(group)
             self._rule.complete(group)
-            _check_schedule(len(self.param_groups) - 1, group["schedule"])
             if self._layout is not None:
                 check_params(self._rule, self.param_groups, self.state, self._options["backend"])
         except BaseException:
             self.param_groups.pop()
             raise
-        if isinstance(group["lr"], LEGW):
-            group["schedule"], group["lr"] = group["lr"], 0.0
         if self._layout is not None:
             self._adopt()
+
+    def _check_made(self, group: Group) -> None:
+        """Refuse the options of a group that is being made; a schedule given as its LR goes where it belongs."""
+        if isinstance(group["lr"], LEGW):
+            group["schedule"], group["lr"] = group["lr"], 0.0
+        self._rule.check(group)
+        self._rule.check_made(group)
 
     @property
     def steps_applied(self) -> int:
@@ -130,13 +139,9 @@ class FusedOptimizer(torch.optim.Optimizer):
         frozen = set()
         for i, group in enumerate(self.param_groups):
             lr, schedule, shown = group["lr"], group["schedule"], self._shown_lr.get(id(group))
-            _check_schedule(i, schedule)
-            if schedule is None and isinstance(lr, LEGW):
-                raise TypeError(f"param_groups[{i}]['lr'] was set to {lr}: set param_groups[{i}]['schedule'] instead")
-            checks.check_number_or_tensor(f"param_groups[{i}]['lr']", lr if schedule is None else 0.0)
-            checks.check_number_or_tensor(f"param_groups[{i}]['lr_scale']", group.get("lr_scale", 1.0))
-            self._rule.hyper(group)
-            check_limit(group["max_grad_norm"])
+            self._written.check(i, group)
+            if not (type(lr) is float and math.isfinite(lr)):  # at every step, so without a call where it is one
+                check_written_lr(f"param_groups[{i}]", lr)
             if schedule is not None and hasattr(self.step, "_wrapped_by_lr_sched"):
                 raise RuntimeError(
                     f"param_groups[{i}] follows {schedule}, but a torch LR scheduler was made for this optimizer: "
@@ -185,39 +190,48 @@ class FusedOptimizer(torch.optim.Optimizer):
         """One update of every parameter that has a gradient; returns the closure's loss, if one is given.
 
         Raises, before anything changes: TypeError or RuntimeError for a gradient that cannot be used (sparse, complex);
-        RuntimeError for a LEGW group whose `lr` was written or is driven by a torch LR scheduler.
+        RuntimeError for a LEGW group whose `lr` was written or is driven by a torch LR scheduler; TypeError or
+        ValueError for an option written to a group that would be refused where a group is made.
         """
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
         frozen = self._check_groups()
-        if not all(checks.usable_gradient(p) for group in self.param_groups for p in group["params"]):
+        layout = self._current_layout()
+        raw = layout.raw_gradients()
+        usual = all(bucket.usual(gradients) for bucket, gradients in zip(layout.buckets, raw, strict=True))
+        if not usual:
             for name, p, _ in named_params(self.param_groups):
                 checks.check_gradient(name, p)
-        self._update(self._current_layout(), frozen)
+            layout = self._current_layout(thorough=True)
+            raw = layout.raw_gradients()
+        if any(g is not None for gradients in raw for g in gradients):
+            self._update(layout, layout.gradients(raw, frozen, usual=usual), frozen)
         return loss
 
-    def _current_layout(self) -> Layout:
+    def _current_layout(self, *, thorough: bool = False) -> Layout:
         """The flat buffers, rebuilt if anything is not what or where it was."""
         assert self._layout is not None
-        if self._layout.stale(self.param_groups, self.state):
+        if self._layout.stale(self.param_groups, self.state, thorough=thorough):
             self._layout.refuse_under_capture("a parameter, its state or a schedule was replaced")
             self._adopt()
         return self._layout
 
-    def _update(self, layout: Layout, frozen: set[int]) -> None:
-        gradients = [[layout.gradients(bucket, frozen) for bucket in device.buckets] for device in layout.devices]
-        if all(g is None for of_device in gradients for of_bucket in of_device for g in of_bucket):
+    def _update(self, layout: Layout, gradients: list[list[Tensor | None]], frozen: set[int]) -> None:
+        moved = [
+            p
+            for bucket, some in zip(layout.buckets, gradients, strict=True)
+            for p, g in zip(bucket.params, some, strict=True)
+            if g is not None
+        ]
+        if not moved:
             return
         scheduled = {i for i, group in enumerate(self.param_groups) if group["schedule"] is not None}
         advance = not scheduled or not scheduled <= frozen
         layout.step(self.param_groups, gradients, self._control(), advance=advance)
-        for device, of_device in zip(layout.devices, gradients, strict=True):
-            for bucket, of_bucket in zip(device.buckets, of_device, strict=True):
-                # Autograd must see the change: it refuses a backward pass through what was saved before.
-                moved = [s.param for s, g in zip(bucket.segments, of_bucket, strict=True) if g is not None]
-                torch.autograd.graph.increment_version(moved)
+        # Autograd must see the change: it refuses a backward pass through what was saved before.
+        torch.autograd.graph.increment_version(moved)
         if advance and not layout.capturing:
             self._host_steps = self.steps_applied if layout.counts_on_host else self._host_steps + 1
             self._show_lr()
@@ -238,9 +252,9 @@ class FusedOptimizer(torch.optim.Optimizer):
 
     # What the last step found
 
-    def _norms(self, row: int, what: str) -> dict[Tensor, Tensor]:
+    def _norms(self, kind: str, what: str) -> dict[Tensor, Tensor]:
         assert self._layout is not None
-        found = self._layout.norms(row)
+        found = self._layout.norms(kind)
         if found is None:
             raise RuntimeError(f"{what} are not known: {type(self).__name__} has made no step that takes them")
         return found
@@ -248,22 +262,23 @@ class FusedOptimizer(torch.optim.Optimizer):
     def grad_norms(self) -> dict[Tensor, Tensor]:
         """Each parameter's gradient norm at the last step, before clipping, without AMP's scale; 0 where it had none.
 
-        float64 views on the device, which the next step overwrites. LARS and LAMB always take these norms, SGD, Adam
-        and AdamW with max_grad_norm, skip_nonfinite or `GradScaler`. RuntimeError where no step has taken them.
+        float64 tensors on the device, as it is now: ask again after the next step or replay. LARS and LAMB always take
+        these norms, SGD, Adam and AdamW with max_grad_norm, skip_nonfinite or `GradScaler`. RuntimeError where no step
+        has taken them.
         """
-        return self._norms(0, "gradient norms")
+        return self._norms("gradient", "gradient norms")
 
     def param_norms(self) -> dict[Tensor, Tensor]:
         """Each parameter's norm before the last applied step, of LARS and LAMB; otherwise as `grad_norms`."""
         if not self._rule.adapts:
             raise RuntimeError(f"{type(self).__name__} takes no norms of its parameters: LARS and LAMB do")
-        return self._norms(1, "parameter norms")
+        return self._norms("weight", "parameter norms")
 
     def trust_ratios(self) -> dict[Tensor, Tensor]:
         """Each parameter's last trust ratio, of LARS and LAMB; otherwise as `grad_norms`."""
         if not self._rule.adapts:
             raise RuntimeError(f"{type(self).__name__} has no trust ratios: LARS and LAMB do")
-        return self._norms(3, "trust ratios")
+        return self._norms("ratio", "trust ratios")
 
     @property
     def grad_norm(self) -> Tensor:
@@ -312,7 +327,8 @@ class FusedOptimizer(torch.optim.Optimizer):
         another schedule, set `param_groups[i]["schedule"]` after loading. A dict without one leaves the optimizer's.
 
         Raises ValueError, before anything changes, for a dict without `steps_applied` where a group follows LEGW (set
-        `optimizer.steps_applied` first), and for state of the wrong shape.
+        `optimizer.steps_applied` first), and for state of the wrong shape; ValueError or TypeError for other options
+        than a group can be made with.
         """
         # The last of the hooks, after the user's.
         hook = self.register_load_state_dict_pre_hook(checkpoint.unpack)  # type: ignore[arg-type]
@@ -341,6 +357,7 @@ class FusedOptimizer(torch.optim.Optimizer):
         super().__setstate__({**state, "state": checkpoint.unbox(state["state"])})
         if copied:
             self._layout, self._host_steps, self._steps_given = None, 0, False
+            self._written = Written(self._rule, self.defaults)
             self.register_state_dict_post_hook(checkpoint.pack)  # type: ignore[arg-type]
         self._shown_lr = {}
         self._host_steps = self.steps_applied if steps_applied is None else steps_applied

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import operator
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -12,7 +13,7 @@ from torch import Tensor
 
 from legw_kernels import scalars
 
-from .checks import check_not_negative
+from . import checks
 from .schedule import LEGW
 
 Group = dict[str, Any]  # one of torch.optim's param_groups
@@ -20,11 +21,6 @@ Gradients = Sequence[Tensor | None]  # one per segment of a bucket, in the param
 Hyper = scalars.MomentumHyper | scalars.AdamHyper
 
 _ROW, _SMALL = 256, 4096  # see `norms`
-
-
-def check_limit(limit: float | None) -> None:
-    if limit is not None and not limit > 0:
-        raise ValueError(f"max_grad_norm must be greater than 0, or None, got {limit!r}")
 
 
 class Rule:
@@ -42,26 +38,30 @@ class Rule:
     two_stage = False
 
     def check(self, group: Group) -> None:
-        """Raise for hyper-parameters that make no sense, with torch.optim's messages."""
-        lr = group["lr"]
-        if isinstance(lr, Tensor) and lr.numel() != 1:
-            raise ValueError("Tensor lr must be 1-element")
-        if not isinstance(lr, LEGW):
-            check_not_negative("learning rate", lr)
-        check_not_negative("weight_decay value", group["weight_decay"])
-        if group.get("fused") and group.get("differentiable"):
-            raise RuntimeError("`fused` does not support `differentiable`")
+        """Raise for options of the wrong kind or out of range, however they came into the group; LRs are checked apart.
+
+        Reads no tensor that is not on the CPU.
+        """
+        schedule = group["schedule"]
+        if schedule is not None and not isinstance(schedule, LEGW):
+            raise ValueError(f"schedule must be a LEGW or None, got {schedule!r}")
+        checks.check_number("lr_scale", group.get("lr_scale", 1.0))
+        checks.check_scalar("weight_decay", group["weight_decay"], "weight_decay value")
+        checks.check_flag("maximize", group["maximize"])
+        checks.check_limit("max_grad_norm", group["max_grad_norm"])
+        if group.get("differentiable"):
+            if group.get("fused"):
+                raise RuntimeError("`fused` does not support `differentiable`")
+            raise ValueError("differentiable=True is not supported: the fused step is not recorded by autograd")
+
+    def check_made(self, group: Group) -> None:
+        """Raise for what torch.optim refuses only where a group is made: its schedulers may well write it later."""
+        checks.check_scalar("lr", group["lr"], "learning rate")
         if group.get("fused") and group.get("foreach"):
             raise RuntimeError("`fused` and `foreach` cannot be `True` together.")
-        if group.get("differentiable"):
-            raise ValueError("differentiable=True is not supported: the fused step is not recorded by autograd")
-        check_limit(group["max_grad_norm"])
-        scale = group.get("lr_scale", 1.0)
-        if not (isinstance(scale, int | float) and 0 <= scale < math.inf):
-            raise ValueError(f"lr_scale must be a number, zero or more, got {scale!r}")
 
     def complete(self, group: Group) -> None:
-        """Fill in the defaults that depend on other options."""
+        """Fill in the defaults that depend on other options, and bring values to one form."""
 
     def used_states(self, group: Group) -> tuple[str, ...]:
         """The states that a group with these hyper-parameters needs."""
@@ -80,9 +80,13 @@ class Rule:
         """Whether any group clips."""
         return any(self.clip(group)[0] < math.inf for group in groups)
 
+    def exempts_vectors(self, group: Group) -> bool:
+        """Whether tensors of one dimension or none are neither adapted nor decayed."""
+        return False
+
     def exempt(self, group: Group, p: Tensor) -> bool:
         """Whether the parameter is neither adapted nor decayed."""
-        return False
+        return p.ndim <= 1 and self.exempts_vectors(group)
 
     def measures_clipped(self, group: Group) -> bool:
         """Whether the trust ratio needs gradients that are already clipped, and so the global norm before it."""
@@ -94,6 +98,41 @@ class Rule:
         count: their earlier updates. scale: what their gradients are multiplied by, for clipping and AMP.
         """
         raise NotImplementedError
+
+
+def check_written_lr(label: str, lr: Any) -> None:
+    """Refuse an LR written to a group, or loaded. Negative ones torch.optim follows: a LambdaLR past its end, say."""
+    if isinstance(lr, LEGW):
+        raise TypeError(f"{label}['lr'] is {lr}: set {label}['schedule'] instead")
+    checks.check_scalar(f"{label}['lr']", lr, low=-math.inf)
+
+
+class Written:
+    """A rule's check of groups that anyone may have written to, made only where something was.
+
+    It is left out where the options of a group are the very objects that passed it last. Of types that can change in
+    place none pass for good, but for tensors in a tuple.
+    """
+
+    _IMMUTABLE = frozenset({type(None), bool, int, float, str, tuple, LEGW})
+
+    def __init__(self, rule: Rule, defaults: Group) -> None:
+        self._rule = rule
+        self._options = tuple(defaults.keys() - {"lr"})
+        self._passed: dict[int, tuple[object, ...]] = {}
+
+    def check(self, i: int, group: Group) -> None:
+        """Refuse the options of group i, but its LR."""
+        options = (group.get("lr_scale", 1.0), *map(group.get, self._options))
+        passed = self._passed.get(i)
+        if passed is not None and all(map(operator.is_, options, passed)):
+            return
+        with checks.naming(f"param_groups[{i}]"):
+            self._rule.check(group)
+        if self._IMMUTABLE.issuperset(map(type, options)):
+            self._passed[i] = options
+        else:
+            self._passed.pop(i, None)
 
 
 @dataclass

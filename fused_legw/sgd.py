@@ -11,7 +11,7 @@ from torch import Tensor
 
 from legw_kernels.scalars import MomentumHyper
 
-from .checks import check_not_negative
+from .checks import check_flag, check_scalar, unread
 from .optimizer import FusedOptimizer
 from .rule import Group, Rule, Tensors, floats, number, scaled
 from .schedule import LEGW
@@ -25,8 +25,14 @@ class SGDRule(Rule):
 
     def check(self, group: Group) -> None:
         super().check(group)
-        check_not_negative("momentum value", group["momentum"])
-        if group["nesterov"] and (group["momentum"] <= 0 or group["dampening"] != 0):
+        check_scalar("momentum", group["momentum"], "momentum value")
+        check_scalar("dampening", group["dampening"], low=-math.inf)
+        check_flag("nesterov", group["nesterov"])
+
+    def check_made(self, group: Group) -> None:
+        super().check_made(group)
+        momentum, dampening = group["momentum"], group["dampening"]
+        if group["nesterov"] and not (unread(momentum) or (momentum > 0 and (unread(dampening) or dampening == 0))):
             raise ValueError("Nesterov momentum requires a momentum and zero dampening")
 
     def used_states(self, group: Group) -> tuple[str, ...]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
@@ -21,12 +21,28 @@ if TYPE_CHECKING:
 _LR_KINDS = {torch.float32: TENSOR32, torch.float64: TENSOR64}
 
 
+class _Norms(NamedTuple):
+    """Of one bucket: norms of each chunk, and each tensor's trust ratio."""
+
+    partials: Tensor
+    ratios: Tensor
+
+
+def _addresses(bucket: Bucket, gradients: Gradients, dtype: torch.dtype) -> list[int]:
+    """The address table, for the gradients of one dtype."""
+    # An empty tensor has address 0 and is counted all the same; no tile of it is ever read.
+    own = [0 if g is None else (g.data_ptr() or 16) if g.dtype == dtype else -1 for g in gradients]
+    return bucket.addresses + own
+
+
 class TritonBackend:
     """A launch per (parameter dtype, gradient dtype), more with norms; LR, norms and all counts stay on the device."""
 
     name = "triton"
 
     def __init__(self, rule: Rule, buckets: Sequence[Bucket], groups: Sequence[Group], steps_applied: int) -> None:
+        from legw_kernels import launch
+
         self.device = device = buckets[0].device
         self._rule, self.buckets = rule, buckets
         self.counts = torch.tensor([steps_applied, 0], dtype=torch.int64, device=device)
@@ -37,16 +53,24 @@ class TritonBackend:
             milestones += passed
         self._milestone_table = torch.tensor(milestones or [0], dtype=torch.int64, device=device)
         self._group_table: Table | None = None
-        self._segment_tables: dict[tuple[int, torch.dtype], tuple[Table, Tensor]] = {}
-        self._partials: list[Tensor | None] = [None] * len(buckets)
-        self.norms: Tensor | None = None  # rows of the skeleton; a column per tensor of this device, then others' norms
+        self._segments = [
+            torch.tensor(
+                [launch.segment_row(s.param, s.first_tile, s.first_chunk, s.chunk_tiles, s.group) for s in b.segments],
+                dtype=torch.int64,
+                device="cpu",
+            ).to(device)
+            for b in buckets
+        ]
+        self._address_tables: dict[tuple[int, torch.dtype], tuple[Table, Tensor]] = {}
+        self._norms: list[_Norms] = []  # of each bucket, once needed
+        self._totals: Tensor | None = None
+        self._n_totals = self._others = 0
         self.nonfinite = torch.zeros(1, dtype=torch.float32, device=device)
         self._works: list[Work] = []
+        self._clipped = False  # whether what was measured last was
 
     def begin(self, groups: Sequence[Group], gradients: Sequence[Gradients], control: Control, others: int) -> None:
         """Write the tables of one step. gradients: one list per bucket. others: how many other devices take part."""
-        from legw_kernels import launch
-
         if self._group_table is None and capturing(self.device):  # pinned memory cannot be made in a capture
             raise RuntimeError("optimizer.step() must run eagerly once before it is captured into a graph")
         if control.global_norm or self._rule.adapts:
@@ -57,59 +81,58 @@ class TritonBackend:
             for i, some in enumerate(gradients)
             for dtype in sorted({g.dtype for g in some if g is not None}, key=str)
         ]
-        own = [0]
-        for bucket in self.buckets:
-            own.append(own[-1] + len(bucket.segments))
-        self._works = []
-        grad_scale, found_inf = (control.on(self.device, x) for x in (control.grad_scale, control.found_inf))
         launched = {i for i, _ in pairs}
-        for i, bucket in enumerate(self.buckets):
-            if self.norms is not None and i not in launched:  # or its last norms would count again
-                self.norms[:3, own[i] : own[i] + len(bucket.segments)].zero_()
+        for i, norms in enumerate(self._norms):
+            if i not in launched:  # or its last norms would be shown again
+                norms.partials.zero_()
+        self._n_totals, self._works = self._others, []
         # A device without any gradient still advances its count, beside the others.
         for i, dtype in pairs or [(0, self.buckets[0].dtype)]:
-            bucket = self.buckets[i]
-            table, ticket = self._segment_table(i, dtype, len(bucket.segments) * launch.SEGMENT_WIDTH)
-            states = [bucket.state.get(name) for name in self._rule.states] + [None, None]
-            work = launch.Work(
-                rule=self._rule.name,
-                param_dtype=bucket.dtype,
-                grad_dtype=dtype,
-                tile=bucket.tile,
-                segments=table.write(self._rows(bucket, gradients[i], dtype, groups)),
-                tiles=bucket.tiles,
-                groups=group_table,
-                milestones=self._milestone_table,
-                counts=self.counts,
-                steps=bucket.steps,
-                shown=bucket.shown_steps,
-                ticket=ticket,
-                states=(states[0], states[1], states[2]),
-                master=bucket.state.get(MASTER),
-                partials=self._partials[i],
-                norms=self.norms,
-                own=own[i],
-                grad_scale=grad_scale,
-                found_inf=found_inf,
-                nonfinite=self.nonfinite,
-            )
-            self._works.append(work)
+            self._works.append(self._work(i, dtype, group_table, gradients[i], control))
+        for work in self._works:
+            work.n_totals = self._n_totals
 
-    def _rows(self, bucket: Bucket, gradients: Gradients, dtype: torch.dtype, groups: Sequence[Group]) -> list[int]:
+    def _work(
+        self, index: int, dtype: torch.dtype, group_table: Tensor, gradients: Gradients, control: Control
+    ) -> Work:
         from legw_kernels import launch
 
-        rows = list[int]()
-        for segment, g in zip(bucket.segments, gradients, strict=True):
-            # An empty tensor has address 0 and is counted all the same; no tile of it is ever read.
-            address = 0 if g is None else (g.data_ptr() or 16) if g.dtype == dtype else -1
-            exempt = self._rule.exempt(groups[segment.group], segment.param)
-            rows += launch.segment_row(segment.param, address, segment.first_tile, segment.group, exempt)
-        return rows
+        bucket, norms = self.buckets[index], self._norms[index] if self._norms else None
+        table, ticket = self._address_table(index, dtype)
+        states = [bucket.state.get(name) for name in self._rule.states] + [None, None]
+        work = launch.Work(
+            rule=self._rule.name,
+            param_dtype=bucket.dtype,
+            grad_dtype=dtype,
+            tile=bucket.tile,
+            segments=self._segments[index],
+            addresses=table.write(_addresses(bucket, gradients, dtype)),
+            chunks=bucket.chunks,
+            groups=group_table,
+            milestones=self._milestone_table,
+            counts=self.counts,
+            steps=bucket.steps,
+            shown=bucket.shown_steps,
+            ticket=ticket,
+            states=(states[0], states[1], states[2]),
+            master=bucket.state.get(MASTER),
+            partials=norms and norms.partials,
+            totals=self._totals,
+            first_total=self._n_totals,
+            n_totals=0,
+            ratios=norms and norms.ratios,
+            grad_scale=control.on(self.device, control.grad_scale),
+            found_inf=control.on(self.device, control.found_inf),
+            nonfinite=self.nonfinite,
+        )
+        self._n_totals += launch.programs(bucket.chunks, bucket.dtype)
+        return work
 
     def measure(self, control: Control, *, updates: bool, gradients: bool, clips: bool) -> None:
         """Norms by tensor; see `launch.measure`."""
         from legw_kernels import launch
 
+        self._clipped = clips
         for work in self._works:
             launch.measure(work, updates=updates, gradients=gradients, clips=clips, skips=clips and control.skips)
 
@@ -119,46 +142,66 @@ class TritonBackend:
 
         for work in self._works:
             last = advance and work is self._works[-1]
-            launch.update(work, clips=control.clips, skips=control.skips, last=last)
+            launch.update(work, clips=control.clips, skips=control.skips, clipped=self._clipped, last=last)
         self._works = []
 
     def global_norm(self) -> Tensor:
         """Of this device's gradients, float64, on the device."""
-        assert self.norms is not None
-        own = sum(len(bucket.segments) for bucket in self.buckets)
-        norm: Tensor = torch.linalg.vector_norm(self.norms[0, :own])
+        assert self._totals is not None
+        norm: Tensor = torch.linalg.vector_norm(self._totals[self._others : self._n_totals])
         return norm
 
     def take_norms(self, others: Sequence[Tensor]) -> None:
         """The global norms of the other devices."""
-        assert self.norms is not None
-        for i, other in enumerate(others, self.norms.shape[1] - len(others)):
-            self.norms[0, i].copy_(other, non_blocking=True)
+        assert self._totals is not None
+        for i, other in enumerate(others):
+            self._totals[i].copy_(other, non_blocking=True)
+
+    def norms(self, kind: str) -> list[Tensor] | None:
+        """One kind of norm of each tensor, bucket by bucket; None before any were taken."""
+        from legw_kernels import launch
+
+        if not self._norms:
+            return None
+        found = list[Tensor]()
+        for bucket, segments, norms in zip(self.buckets, self._segments, self._norms, strict=True):
+            if kind == "ratio":
+                found += norms.ratios.clone().unbind()
+            else:
+                row = ("gradient", "weight").index(kind)
+                found += launch.tensor_norms(segments, norms.partials, row, bucket.dtype, bucket.tile).unbind()
+        return found
 
     @property
     def captured(self) -> bool:
         """Whether a graph may still replay one of this object's steps."""
-        return any(table.captured for table, _ in self._segment_tables.values())
+        return any(table.captured for table, _ in self._address_tables.values())
 
     def _make_norms(self, others: int) -> None:
-        if self.norms is not None:
+        from legw_kernels import launch
+
+        if self._norms:
             return
         if capturing(self.device):
             raise RuntimeError("norms are new to this optimizer: run optimizer.step() eagerly once before capturing it")
-        columns = sum(len(bucket.segments) for bucket in self.buckets) + others
-        self.norms = torch.zeros(4, columns, dtype=torch.float64, device=self.device)
-        for i, bucket in enumerate(self.buckets):
-            self._partials[i] = torch.zeros(3, max(1, bucket.tiles.numel()), dtype=torch.float64, device=self.device)
+        self._others, size = others, others
+        for bucket in self.buckets:
+            partials = torch.zeros(3, max(1, bucket.chunks.numel()), dtype=torch.float64, device=self.device)
+            ratios = torch.zeros(len(bucket.segments), dtype=torch.float64, device=self.device)
+            self._norms.append(_Norms(partials, ratios))
+            # A launch for each dtype that its gradients may have.
+            size += len(launch.DTYPES) * launch.programs(bucket.chunks, bucket.dtype)
+        self._totals = torch.zeros(size, dtype=torch.float64, device=self.device)
 
-    def _segment_table(self, bucket: int, dtype: torch.dtype, numel: int) -> tuple[Table, Tensor]:
+    def _address_table(self, bucket: int, dtype: torch.dtype) -> tuple[Table, Tensor]:
         key = bucket, dtype
-        if key not in self._segment_tables:
+        if key not in self._address_tables:
             device = self.counts.device
             if capturing(device):  # before a ticket is made: its zero would only be recorded
                 raise RuntimeError(f"{dtype} gradients are new: run optimizer.step() eagerly once before capturing it")
-            table = Table(numel, torch.int64, device)
-            self._segment_tables[key] = table, torch.zeros(1, dtype=torch.int32, device=device)
-        return self._segment_tables[key]
+            table = Table(2 * len(self.buckets[bucket].segments), torch.int64, device)
+            self._address_tables[key] = table, torch.zeros(1, dtype=torch.int32, device=device)
+        return self._address_tables[key]
 
     def write_groups(self, groups: Sequence[Group]) -> Tensor:
         """The group table with the param groups' values as they are now."""
@@ -183,7 +226,8 @@ class TritonBackend:
                     on_device.append((len(rows) + launch.HYPER + len(hyper), x))
                 hyper.append(0.0 if isinstance(x, Tensor) else x)
             states = sum(1 << self._rule.states.index(name) for name in used)
-            rows += launch.group_row(recipe, tensor, milestones, states, self._rule.clip(group), hyper)
+            clip, vectors = self._rule.clip(group), self._rule.exempts_vectors(group)
+            rows += launch.group_row(recipe, tensor, milestones, states, clip, vectors, hyper)
         if self._group_table is None:
             self._group_table = Table(len(rows), torch.float64, self.counts.device, shared=True)
         table = self._group_table.write(rows)

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
+
+from .checks import check_flag, check_number, check_range
 
 Axes = dict[str, Any]
 
@@ -78,18 +81,30 @@ CHOICES: dict[str, tuple[Any, ...]] = {
     "bias_correction": (True, False, "step_size"),
 }
 
+CHECKS: dict[str, Callable[[str, Any], None]] = {
+    "trust_coefficient": check_number,
+    "trust_clip": check_flag,
+    "trust_clamp": check_range,
+    "weight_norm_clamp": check_range,
+}
+
 
 def check(table: dict[str, Axes], group: Axes, not_adapted: tuple[str, ...]) -> None:
     """Refuse unknown variants and values of axes."""
-    if group["variant"] not in table:
-        raise ValueError(f"variant must be one of {', '.join(map(repr, table))}, got {group['variant']!r}")
-    choices = CHOICES | {"not_adapted": not_adapted}
-    for axis in table[group["variant"]]:
-        value = group[axis]
-        if value is not None and axis in choices and value not in choices[axis]:
+    variant, choices = group["variant"], CHOICES | {"not_adapted": not_adapted}
+    if not (isinstance(variant, str) and variant in table):
+        raise ValueError(f"variant must be one of {', '.join(map(repr, table))}, got {variant!r}")
+    for axis in table[variant]:
+        value = group.get(axis)
+        if value is None:
+            continue
+        if axis in CHECKS:
+            CHECKS[axis](axis, value)
+        elif axis in choices and not (isinstance(value, str | int) and value in choices[axis]):
             raise ValueError(f"{axis} must be one of {', '.join(map(repr, choices[axis]))} or None, got {value!r}")
 
 
 def axes(table: dict[str, Axes], group: Axes) -> Axes:
     """A group's axes: its own where set, else its variant's."""
-    return {name: value if group[name] is None else group[name] for name, value in table[group["variant"]].items()}
+    own = {name: group.get(name) for name in table[group["variant"]]}
+    return {name: value if own[name] is None else own[name] for name, value in table[group["variant"]].items()}

@@ -14,7 +14,7 @@ import triton.language as tl
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from legw_kernels import launch, skeleton
+from legw_kernels import launch, measure, update
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
@@ -40,34 +40,34 @@ class Compiled:
 
 
 _POINTERS = {
-    "segments": "*i64", "tiles": "*i32", "groups": "*fp64", "milestones": "*i64", "counts": "*i64", "steps": "*i64",
-    "shown": "*fp32", "ticket": "*i32", "master": "*fp32", "partials": "*fp64", "norms": "*fp64", "grad_scale": "*fp32",
-    "found_inf": "*fp32", "nonfinite": "*fp32",
+    "segments": "*i64", "addresses": "*i64", "chunks": "*i32", "groups": "*fp64", "milestones": "*i64",
+    "counts": "*i64", "steps": "*i64", "shown": "*fp32", "ticket": "*i32", "master": "*fp32", "partials": "*fp64",
+    "totals": "*fp64", "ratios": "*fp64", "norms": "*fp64", "grad_scale": "*fp32", "found_inf": "*fp32",
+    "nonfinite": "*fp32",
 }  # fmt: skip
 _STATES = {"sgd": 1, "lars": 1, "adam": 2, "lamb": 2}
 
 
 def compile_kernel(
     target: str, kernel: str = "update", rule: str = "sgd", param: str = "fp32", grad: str | None = None, *,
-    states: int | None = None, master: bool = False, clips: bool = False, skips: bool = False, scaled: bool = False,
-    last: bool = True, updates: bool | None = None, gradients: bool = True, tile: int = 1024,
+    states: int | None = None, master: bool = False, clips: bool = False, clipped: bool = False, skips: bool = False,
+    scaled: bool = False, last: bool = True, updates: bool | None = None, gradients: bool = True, tile: int = 1024,
 ) -> Compiled:  # fmt: skip
     """A kernel as `launch` would have it compiled for one (parameter dtype, gradient dtype)."""
     compute = "fp64" if param == "fp64" else "fp32"
     device_rule = launch.RULES[rule]
     states = _STATES[rule] if states is None else states
-    updates = device_rule.has_trust_ratio if updates is None else updates
+    updates = device_rule.measure is not None if updates is None else updates
     constants = {
         "PREPARE": device_rule.prepare, "ADVANCE": device_rule.advance, "DIRECTION": device_rule.direction,
         "MEASURE": device_rule.measure if updates else None, "STORE": device_rule.two_stage,
-        "ADVANCED": device_rule.two_stage, "TRUST": device_rule.has_trust_ratio, "GRADIENTS": gradients,
-        "UPDATES": updates, "GLOBAL": clips or skips, "SKIP": skips, "LAST": last, "TILE": tile,
-        "PARAM": _TYPES[param], "GRAD": _TYPES[grad or param], "COMPUTE": _TYPES[compute],
-        "BLOCK": launch.REDUCE_BLOCK if kernel == "reduce" else tile,
+        "ADVANCED": device_rule.two_stage, "GRADIENTS": gradients, "CLIPPED": clipped,
+        "GLOBAL": clips or skips, "SKIP": skips, "LAST": last, "PARAM": _TYPES[param], "GRAD": _TYPES[grad or param],
+        "COMPUTE": _TYPES[compute], "BLOCK": tile, "KIND": 0,
     }  # fmt: skip
     absent = {"shown": rule in ("sgd", "lars"), "master": not master, "grad_scale": not scaled, "found_inf": not scaled}
     absent |= {f"state_{name}": i >= states for i, name in enumerate("abc")}
-    function = getattr(skeleton, f"{kernel}_kernel")
+    function = getattr(update if kernel == "update" else measure, f"{kernel}_kernel")
     names = [p.name for p in function.params]
     kinds = _POINTERS | {f"state_{name}": f"*{compute}" for name in "abc"}
     signature = {
@@ -76,7 +76,7 @@ def compile_kernel(
     values = {name: None if absent.get(name) else constants[name] for name in names if signature[name] == "constexpr"}
     aligned = {(i,): [["tt.divisibility", 16]] for i, kind in enumerate(signature.values()) if kind.startswith("*")}
     param_dtype = next(dtype for dtype, kind in launch.DTYPES.items() if kind == _TYPES[param])
-    options = launch.options(param_dtype, large=kernel != "update" or states > 1, amd=target.startswith("gfx"))
+    options = launch.options(param_dtype, amd=target.startswith("gfx"))
     source = ASTSource(function, signature=signature, constexprs=values, attrs=aligned)
     compiled = triton.compile(source, target=TARGETS[target], options=options)
     ttgir = compiled.asm["ttgir"]

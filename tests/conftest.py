@@ -71,9 +71,9 @@ def launches(monkeypatch) -> list[tuple[str, dict]]:
     seen: list[tuple[str, dict]] = []
     run = launch.launch
 
-    def record(kernel, work, jobs, *args, **constants):
+    def record(kernel, device, grid, *args, **constants):
         seen.append((kernel.fn.__name__, constants))
-        run(kernel, work, jobs, *args, **constants)
+        run(kernel, device, grid, *args, **constants)
 
     monkeypatch.setattr(launch, "launch", record)
     return seen

@@ -209,6 +209,7 @@ def test_a_wrong_option_in_a_later_group_moves_no_group(backend, device, cls, op
 FOLLOWED = [
     (SGD, dict(momentum=0.9), dict(momentum=0.5, nesterov=True, lr=0.1)),
     (LARS, dict(weight_decay=0.1), dict(trust_coefficient=0.5, weight_decay=0.2, adapt=False)),
+    (LARS, dict(weight_decay=0.1), dict(variant="moco")),
     (Adam, dict(max_grad_norm=0.1), dict(betas=(0.5, 0.6), eps=1e-3, weight_decay=0.3, max_grad_norm=0.2)),
     (LAMB, dict(max_grad_norm=0.1), dict(trust_clamp=(0.0, 0.01), lr=torch.tensor(0.3))),
 ]
@@ -216,7 +217,6 @@ REFUSED = [
     (SGD, dict(), dict(momentum=0.9)),
     (SGD, dict(), dict(max_grad_norm=0.1)),
     (Adam, dict(), dict(amsgrad=True)),
-    (LARS, dict(weight_decay=0.1), dict(variant="moco")),
     (LARS, dict(max_grad_norm=0.5, weight_decay=0.1), dict(denominator="norm_of_sum")),
     (LAMB, dict(), dict(variant="author-tf")),
 ]

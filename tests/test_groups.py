@@ -170,7 +170,7 @@ def test_a_torch_scheduler_on_a_legw_group_is_an_error(device):
 
 def test_a_schedule_that_is_none(device):
     params = make_params(torch.float32, device, [(4,)])
-    with pytest.raises(ValueError, match=r"param_groups\[0\]\['schedule'\] must be a LEGW or None, got 'cosine'"):
+    with pytest.raises(ValueError, match=r"param_groups\[0\]: schedule must be a LEGW or None, got 'cosine'"):
         SGD([dict(params=params, schedule="cosine")])
     optimizer = SGD(params, lr=legw())
     optimizer.param_groups[0]["schedule"] = 0.1
@@ -241,7 +241,7 @@ def test_a_bad_option_in_a_later_group_changes_nothing(backend, device):
     optimizer.param_groups[1]["weight_decay"] = "much"
     give_gradients(0, params)
     before = twins(params)
-    with pytest.raises(ValueError, match="much"):
+    with pytest.raises(TypeError, match=r"param_groups\[1\]: weight_decay must be a number, got 'much'"):
         optimizer.step()
     torch.testing.assert_close(params, before, rtol=0, atol=0)
 

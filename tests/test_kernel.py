@@ -143,19 +143,19 @@ def test_counts_and_ticket(triton_device):
     (bucket,), (device,) = optimizer._layout.buckets, optimizer._layout.devices
     assert bucket.steps.tolist() == times
     assert device.counts.tolist() == [6, 0]
-    assert [ticket.item() for _, ticket in device._segment_tables.values()] == [0]
+    assert [ticket.item() for _, ticket in device._address_tables.values()] == [0]
 
 
 def test_twenty_scheduled_steps_compile_once(triton_device):
     if INTERPRETED:
         pytest.skip("the interpreter compiles nothing")
-    from legw_kernels import skeleton
+    from legw_kernels.update import update_kernel
 
     (p,) = make_params(torch.float32, triton_device, [(2048,)])
     optimizer = SGD([p], lr=legw(Cosine()), momentum=0.9)
     p.grad = torch.ones_like(p)
     optimizer.step()
-    cache = skeleton.update_kernel.device_caches[torch.cuda.current_device()][0]
+    cache = update_kernel.device_caches[torch.cuda.current_device()][0]
     before = len(cache)
     for _ in range(20):
         optimizer.step()
@@ -185,12 +185,12 @@ def test_host_tables_change_only_when_values_do(triton_device, monkeypatch):
     assert len(uploads) == 2
 
 
-def test_recipe_columns_match_the_skeleton():
-    from legw_kernels import launch, skeleton
+def test_rows_match_the_columns_of_their_tables():
+    from legw_kernels import launch, tables
 
-    assert len(scalars.Recipe()) == skeleton.LR_ADDRESS.value
+    assert len(scalars.Recipe()) == tables.LR_ADDRESS.value
     for hyper in (scalars.MomentumHyper(), scalars.AdamHyper()):
-        row = launch.group_row(scalars.Recipe(), None, (0, 0), 1, (1.0, False), hyper)
-        assert len(row) == skeleton.GROUP_WIDTH.value
-        assert tuple(row[skeleton.HYPER.value :][: len(hyper)]) == hyper
-    assert len(launch.segment_row(torch.zeros(1), 0, 0, 0, False)) == skeleton.SEGMENT_WIDTH.value
+        row = launch.group_row(scalars.Recipe(), None, (0, 0), 1, (1.0, False), False, hyper)
+        assert len(row) == tables.GROUP_WIDTH.value
+        assert tuple(row[tables.HYPER.value :][: len(hyper)]) == hyper
+    assert len(launch.segment_row(torch.zeros(1), 0, 0, 4, 0)) == tables.SEGMENT_WIDTH.value

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import io
 
 import pytest
@@ -61,11 +62,6 @@ STEPS = st.lists(
 )
 
 
-def _wrong_decay(optimizer) -> None:
-    optimizer.param_groups[-1]["weight_decay"] = "much"
-    optimizer.step()
-
-
 def _wrong_lr(optimizer) -> None:
     """Of a scheduled group any number but 0 is wrong; of another, what is no number."""
     group = optimizer.param_groups[-1]
@@ -100,21 +96,75 @@ def _listed_twice(optimizer) -> None:
     optimizer.add_param_group(dict(params=[_params(optimizer)[0]]))
 
 
+# What no step could use, by option; those that the drawn class has are written to a group, loaded and added with one.
+WRONG = dict(
+    maximize=["yes", None],
+    weight_decay=["x", -1],
+    max_grad_norm=["x", 0],
+    lr_scale=["x", -1],
+    schedule=["cosine"],
+    momentum=["x", -1],
+    dampening=["x"],
+    nesterov=["no"],
+    betas=["x", (0.9,), (0.9, 1.5), (0.9, "x")],
+    eps=["x", -1],
+    amsgrad=["yes"],
+    decoupled_weight_decay=["no"],
+    variant=["mine"],
+    form=[3],
+    not_adapted=["x"],
+    trust_clip=["yes"],
+    trust_clamp=["x", (2, 1)],
+    bias_correction=["x"],
+    adapt=["no"],
+)
+
+
+def _written(optimizer, wrong: dict) -> None:
+    optimizer.param_groups[-1].update(wrong)
+    optimizer.step()
+
+
+def _uploaded(optimizer, wrong: dict) -> None:
+    optimizer.param_groups[-1].update(wrong)
+    optimizer.upload_param_groups()
+
+
+def _loaded(optimizer, wrong: dict) -> None:
+    state = optimizer.state_dict()
+    state["param_groups"][-1].update(wrong)
+    optimizer.load_state_dict(state)
+
+
+def _added(optimizer, wrong: dict) -> None:
+    optimizer.add_param_group(dict(params=[torch.zeros(2, requires_grad=True)], **wrong))
+
+
 def _snapshot(optimizer) -> list:
     dictionary = optimizer.state_dict()
     return [[p.detach().clone() for p in _params(optimizer)], dictionary["state"], dictionary["param_groups"]]
 
 
-def _try_errors(optimizer) -> None:
+def _wrong_options(data, optimizer) -> list:
+    """One wrong value of one option, in every way it can come."""
+    names = [name for name in WRONG if name in {**optimizer.param_groups[-1], "lr_scale": 1.0}]
+    name = data.draw(st.sampled_from(names), label="option")
+    wrong = {name: data.draw(st.sampled_from(WRONG[name]), label="wrong")}
+    return [functools.partial(way, wrong=wrong) for way in (_written, _uploaded, _loaded, _added)]
+
+
+def _try_errors(data, optimizer) -> None:
     """Each leaves everything as it was."""
     kept = [(p, p.grad) for p in _params(optimizer)]
     group, before = optimizer.param_groups[-1], _snapshot(optimizer)
-    right = {name: group[name] for name in ("weight_decay", "lr")}
-    for wrong in (_wrong_decay, _wrong_lr, _sparse, _bad_count, _bad_shape, _bad_group, _listed_twice):
+    right = dict(group)
+    others = (_wrong_lr, _sparse, _bad_count, _bad_shape, _bad_group, _listed_twice)
+    for wrong in (*_wrong_options(data, optimizer), *others):
         for p, _ in kept:
             p.grad = torch.ones_like(p)
         with pytest.raises((ValueError, TypeError, RuntimeError)):
             wrong(optimizer)
+        group.clear()
         group.update(right)
         after = _snapshot(optimizer)
         torch.testing.assert_close(after[:2], before[:2], rtol=0, atol=0)
@@ -166,7 +216,7 @@ def _drive(data, backend: str) -> None:
             for p in _params(optimizer):
                 p.data = p.data.clone()
         elif step == "errors":
-            _try_errors(optimizer)
+            _try_errors(data, optimizer)
         elif step == "add group":
             for o, dtype in ((optimizer, torch.float32), (twin, torch.float64)):
                 o.add_param_group(dict(params=[torch.ones(5, dtype=dtype, requires_grad=True)]))
@@ -225,8 +275,57 @@ def test_anything_on_aten(data):
     _drive(data, "aten")
 
 
-@pytest.mark.skipif(not (HAS_TRITON and INTERPRETED), reason="on a GPU tensors would have to be there")
+on_triton = pytest.mark.skipif(not (HAS_TRITON and INTERPRETED), reason="on a GPU tensors would have to be there")
+
+
+@on_triton
 @settings(max_examples=25, **_SETTINGS)
 @given(data=st.data())
 def test_anything_on_triton(data):
     _drive(data, "triton")
+
+
+# Norms so far apart that no tensor could do with the ratio of another, nor all with one.
+SCALES = st.lists(st.tuples(*[st.sampled_from([0.01, 1.0, 100.0])] * 2), min_size=2, max_size=3)
+
+
+def _trust(data, backend: str) -> None:
+    """Tensors of few elements, each with its own scale of weights and gradients, in one or two groups."""
+    cls = data.draw(st.sampled_from([LARS, LAMB]), label="class")
+    options = st.fixed_dictionaries(COMMON | OPTIONS[cls] | dict(adapt=st.sampled_from([True, True, True, False])))
+    groups = data.draw(st.lists(st.tuples(SCALES, options), min_size=1, max_size=2), label="groups")
+    seed = torch.Generator().manual_seed(9)
+    values = [[torch.randn(5, generator=seed).double() * w for w, _ in scales] for scales, _ in groups]
+    made = [
+        make(
+            [
+                dict(params=[v.clone().requires_grad_() for v in some], **own)
+                for some, (_, own) in zip(values, groups, strict=True)
+            ],
+            lr=0.1,
+            **layout,
+        )
+        for make, layout in ((cls, dict(tile=16, backend=backend)), (getattr(reference, cls.__name__), {}))
+    ]
+    factors = [g for scales, _ in groups for _, g in scales]
+    for _ in range(data.draw(st.integers(1, 2), label="steps")):
+        for p, q, factor in zip(*map(_params, made), factors, strict=True):
+            p.grad = factor * torch.randn(5, generator=seed).double()
+            q.grad = p.grad.clone()
+        for optimizer in made:
+            optimizer.step()
+    for p, q in zip(*map(_params, made), strict=True):
+        torch.testing.assert_close(p, q, rtol=1e-9, atol=1e-9 * float(q.detach().abs().max()))
+
+
+@settings(max_examples=100, **_SETTINGS)
+@given(data=st.data())
+def test_each_tensor_has_its_own_trust_ratio_on_aten(data):
+    _trust(data, "aten")
+
+
+@on_triton
+@settings(max_examples=20, **_SETTINGS)
+@given(data=st.data())
+def test_each_tensor_has_its_own_trust_ratio_on_triton(data):
+    _trust(data, "triton")

@@ -119,7 +119,7 @@ def test_milestones_past_float32_and_int32_are_exact(triton_device):
 
 
 def test_scheduled_steps_follow_the_schedule_and_compile_once(triton_device):
-    from legw_kernels import skeleton
+    from legw_kernels.update import update_kernel
 
     schedule = LEGW(**RECIPE, decay=Cosine())
     p = torch.nn.Parameter(torch.zeros(1, dtype=torch.float64, device=triton_device))
@@ -131,15 +131,15 @@ def test_scheduled_steps_follow_the_schedule_and_compile_once(triton_device):
         total += schedule(t)
         assert optimizer.get_last_lr() == [schedule(t)]
         assert p.item() == pytest.approx(total, rel=1e-12), t
-        caches = getattr(skeleton.update_kernel, "device_caches", {})  # the interpreter has none
+        caches = getattr(update_kernel, "device_caches", {})  # the interpreter has none
         compiled.append([len(cache[0]) for cache in caches.values()])
     assert compiled == compiled[:1] * 20
 
 
 def test_host_and_kernel_share_their_formulas(triton_device):
     """Each formula stands once: the kernel's device functions are the code objects that the host calls."""
-    from legw_kernels import scalars, skeleton
+    from legw_kernels import scalars, tables
 
     for name in ("sin_half_pi", "decay_factor", "learning_rate"):
-        formula, device_function = getattr(scalars, name), getattr(skeleton, f"_{name}")
+        formula, device_function = getattr(scalars, name), getattr(tables, f"_{name}")
         assert device_function.fn.__code__ is formula.__code__

@@ -11,13 +11,14 @@ import torch
 import triton.language as tl
 from torch import Tensor
 
-from . import skeleton
+from . import tables
+from .measure import measure_kernel, reduce_kernel
 from .rules import RULES
 from .scalars import Recipe
+from .update import update_kernel
 
-HYPER, SEGMENT_WIDTH = skeleton.HYPER.value, skeleton.SEGMENT_WIDTH.value
-WARPS = 4
-REDUCE_BLOCK = 1024  # norms that a program of the reduction adds at a time
+HYPER = tables.HYPER.value
+CHUNKS_OF_A_RUN = 16
 DTYPES: dict[torch.dtype, Any] = {
     torch.float32: tl.float32,
     torch.float64: tl.float64,
@@ -26,46 +27,44 @@ DTYPES: dict[torch.dtype, Any] = {
 }
 
 
-def _registers(param_dtype: torch.dtype, large: bool) -> int:
-    """The register limit: what the largest variant takes. So 6 programs fit on an SM, 5 large ones; in float64 3 and 2.
-
-    large: kernels that take norms, and rules of several states.
-    """
-    if param_dtype == torch.float64:
-        return 192 if large else 160
-    return 96 if large else 80
+def _registers(param_dtype: torch.dtype) -> int:
+    """The register limit: what the largest variant takes without spilling."""
+    return 255 if param_dtype == torch.float64 else 128
 
 
-def options(
-    param_dtype: torch.dtype, *, large: bool = False, amd: bool = torch.version.hip is not None
-) -> dict[str, Any]:
+def _warps(param_dtype: torch.dtype) -> int:
+    """So that a thread has 8 elements, 4 in float64."""
+    return 8 if param_dtype == torch.float64 else 4
+
+
+def compute_dtype(param_dtype: torch.dtype) -> Any:
+    """The dtype of arithmetic and state."""
+    return tl.float64 if param_dtype == torch.float64 else tl.float32
+
+
+def options(param_dtype: torch.dtype, *, amd: bool = torch.version.hip is not None) -> dict[str, Any]:
     """Compiler options.
 
     Fusing a * b + c into one rounding would save nothing in a kernel that waits for memory, and would make its bits
     depend on the target; Triton's default for it differs between versions. Told of a register limit, ptxas does not
     spill in order to stay below some smaller number.
     """
-    limit = {} if amd else {"maxnreg": _registers(param_dtype, large)}
-    return {"num_warps": WARPS, "enable_fp_fusion": False, **limit}
+    limit = {} if amd else {"maxnreg": _registers(param_dtype)}
+    return {"num_warps": _warps(param_dtype), "enable_fp_fusion": False, **limit}
 
 
 @functools.cache
-def _most_programs(device: torch.device, param_dtype: torch.dtype, large: bool) -> int:
+def _most_programs(device: torch.device, param_dtype: torch.dtype) -> int:
     """As many as are resident at once, so that equal shares end together; a handful in the interpreter."""
     if device.type != "cuda":
         return 4
-    resident = 65536 // (32 * WARPS * _registers(param_dtype, large))
+    resident = 65536 // (32 * _warps(param_dtype) * _registers(param_dtype))
     return resident * torch.cuda.get_device_properties(device).multi_processor_count
 
 
-def segment_row(p: Tensor, gradient: int, first_tile: int, group: int, exempt: bool) -> list[int]:
-    """A parameter's row in the segment table, in the order of the skeleton's columns.
-
-    gradient: its address; 0: there is none this time; -1: another launch sees to it.
-    """
-    address = p.data_ptr()
-    aligned = address % 16 == 0 and gradient % 16 == 0
-    return [address, gradient, p.numel(), first_tile, group, int(aligned) + 2 * int(exempt)]
+def segment_row(p: Tensor, first_tile: int, first_chunk: int, chunk_tiles: int, group: int) -> list[int]:
+    """A parameter's row in the segment table, in the order of its columns."""
+    return [p.numel(), first_tile, first_chunk, chunk_tiles, group, int(p.ndim <= 1)]
 
 
 def group_row(
@@ -74,9 +73,10 @@ def group_row(
     milestones: tuple[int, int],
     states: int,
     clip: tuple[float, bool],
+    exempt_vectors: bool,
     hyper: Sequence[float],
 ) -> list[float]:
-    """A param group's row in the group table, in the order of the skeleton's columns.
+    """A param group's row in the group table, in the order of its columns.
 
     lr: the device tensor to read the LR from, for the recipe kinds TENSOR32 and TENSOR64. milestones: begin and length
     in the milestone table. states: a bit for each state that an update uses. clip: the global norm to clip at, and
@@ -85,15 +85,15 @@ def group_row(
     address = 0 if lr is None else lr.data_ptr()
     if int(float(address)) != address:
         raise ValueError(f"lr is a tensor at address {address}, which float64 does not hold: clone it")
-    row = [*recipe, float(address), *milestones, states, *clip, *hyper]
-    return row + [0.0] * (skeleton.GROUP_WIDTH.value - len(row))
+    row = [*recipe, float(address), *milestones, states, *clip, exempt_vectors, *hyper]
+    return row + [0.0] * (tables.GROUP_WIDTH.value - len(row))
 
 
 @dataclass
 class Work:
-    """What the launches of one step on one (parameter dtype, gradient dtype) share; the tables are the skeleton's.
+    """What the launches of one step on one (parameter dtype, gradient dtype) share; the tables are those of `tables`.
 
-    own: where this bucket's tensors begin in `norms`. partials, norms: needed where norms are.
+    partials, totals, ratios: needed where norms are. first_total: where this work's part of `totals` begins.
     """
 
     rule: str
@@ -101,7 +101,8 @@ class Work:
     grad_dtype: torch.dtype
     tile: int
     segments: Tensor
-    tiles: Tensor
+    addresses: Tensor
+    chunks: Tensor
     groups: Tensor
     milestones: Tensor
     counts: Tensor
@@ -111,61 +112,81 @@ class Work:
     states: tuple[Tensor | None, Tensor | None, Tensor | None]
     master: Tensor | None
     partials: Tensor | None
-    norms: Tensor | None
-    own: int
+    totals: Tensor | None
+    first_total: int
+    n_totals: int
+    ratios: Tensor | None
     grad_scale: Tensor | None
     found_inf: Tensor | None
     nonfinite: Tensor
 
     @property
     def dtypes(self) -> dict[str, Any]:
-        compute = tl.float64 if self.param_dtype == torch.float64 else tl.float32
+        compute = compute_dtype(self.param_dtype)
         return dict(PARAM=DTYPES[self.param_dtype], GRAD=DTYPES[self.grad_dtype], COMPUTE=compute, BLOCK=self.tile)
 
-    @property
-    def n_norms(self) -> int:
-        return 0 if self.norms is None else self.norms.shape[1]
+
+def programs(chunks: Tensor, param_dtype: torch.dtype) -> int:
+    """How many programs a launch over these chunks gets; one that measures writes as many entries of `totals`."""
+    return max(1, min(chunks.numel(), _most_programs(chunks.device, param_dtype)))
 
 
-def launch(kernel: Any, work: Work, jobs: int, *args: Any, **constants: Any) -> None:
-    """Run a kernel on the tensors' device and its current stream. Everything launched goes through here."""
-    device, large = work.segments.device, kernel is not skeleton.update_kernel or work.states[1] is not None
-    programs = max(1, min(jobs, _most_programs(device, work.param_dtype, large)))
+def _runs(n_chunks: int, programs: int) -> int:
+    """Into how many equal parts to divide the chunks: a few for each program, none of too many chunks."""
+    return programs * max(1, -(-n_chunks // (programs * CHUNKS_OF_A_RUN)))
+
+
+def launch(kernel: Any, device: torch.device, grid: int, *args: Any, **constants: Any) -> None:
+    """Run a kernel on the device's current stream. Everything launched goes through here."""
     with torch.cuda.device(device if device.type == "cuda" else -1):
-        kernel[(programs,)](*args, **constants, **options(work.param_dtype, large=large))
+        kernel[(grid,)](*args, **constants)
 
 
 def measure(work: Work, *, updates: bool, gradients: bool, clips: bool, skips: bool) -> None:
-    """Norms of every tile, then of every tensor.
+    """Norms of every chunk.
 
     updates: also those of weights and updates, for trust ratios. gradients: those of the gradients, if they are not
     known yet. clips, skips: whether the global norm, known by now, clips the gradients or may skip the step.
     """
-    rule, n_tiles = RULES[work.rule], work.tiles.numel()
+    rule, n_chunks = RULES[work.rule], work.chunks.numel()
+    grid = programs(work.chunks, work.param_dtype)
     launch(
-        skeleton.measure_kernel, work, n_tiles,
-        work.segments, work.tiles, work.groups, work.milestones, work.counts, work.steps, work.shown,
-        *work.states, work.master, work.partials, work.norms, work.grad_scale, work.found_inf,
-        n_tiles, work.own, work.n_norms,
+        measure_kernel, work.chunks.device, grid,
+        work.segments, work.addresses, work.chunks, work.groups, work.milestones, work.counts, work.steps, work.shown,
+        *work.states, work.master, work.partials, work.totals, work.grad_scale, work.found_inf,
+        n_chunks, _runs(n_chunks, grid), work.steps.numel(), work.n_totals, work.first_total,
         PREPARE=rule.prepare, ADVANCE=rule.advance, MEASURE=rule.measure if updates else None, STORE=rule.two_stage,
-        GRADIENTS=gradients, GLOBAL=clips or skips, SKIP=skips, **work.dtypes,
-    )  # fmt: skip
-    kinds = 3 if updates else 1
-    launch(
-        skeleton.reduce_kernel, work, kinds * work.steps.numel(),
-        work.segments, work.partials, work.norms, work.grad_scale, n_tiles, work.steps.numel(), work.own, work.n_norms,
-        GRADIENTS=gradients, UPDATES=updates, TILE=work.tile, BLOCK=REDUCE_BLOCK,
+        GRADIENTS=gradients, GLOBAL=clips or skips, SKIP=skips, **work.dtypes, **options(work.param_dtype),
     )  # fmt: skip
 
 
-def update(work: Work, *, clips: bool, skips: bool, last: bool) -> None:
-    """The update itself. last: whether it is the step's last launch on the device, which advances `counts`."""
-    rule, n_tiles = RULES[work.rule], work.tiles.numel()
+def update(work: Work, *, clips: bool, skips: bool, clipped: bool, last: bool) -> None:
+    """The update itself.
+
+    clipped: whether what was measured for trust ratios was clipped already. last: whether it is the step's last launch
+    on the device, which advances `counts`.
+    """
+    rule, n_chunks = RULES[work.rule], work.chunks.numel()
+    grid = programs(work.chunks, work.param_dtype)
     launch(
-        skeleton.update_kernel, work, n_tiles,
-        work.segments, work.tiles, work.groups, work.milestones, work.counts, work.steps, work.shown, work.ticket,
-        *work.states, work.master, work.norms, work.grad_scale, work.found_inf, work.nonfinite,
-        n_tiles, work.steps.numel(), work.own, work.n_norms,
-        PREPARE=rule.prepare, ADVANCE=rule.advance, DIRECTION=rule.direction, ADVANCED=rule.two_stage,
-        TRUST=rule.has_trust_ratio, GLOBAL=clips or skips, SKIP=skips, LAST=last, **work.dtypes,
+        update_kernel, work.chunks.device, grid,
+        work.segments, work.addresses, work.chunks, work.groups, work.milestones, work.counts, work.steps, work.shown,
+        work.ticket, *work.states, work.master, work.partials, work.totals, work.ratios,
+        work.grad_scale, work.found_inf, work.nonfinite,
+        n_chunks, _runs(n_chunks, grid), work.steps.numel(), work.n_totals,
+        PREPARE=rule.prepare, ADVANCE=rule.advance, DIRECTION=rule.direction, MEASURE=rule.measure,
+        ADVANCED=rule.two_stage, CLIPPED=clipped, GLOBAL=clips or skips, SKIP=skips, LAST=last,
+        **work.dtypes, **options(work.param_dtype),
     )  # fmt: skip
+
+
+def tensor_norms(segments: Tensor, partials: Tensor, kind: int, param_dtype: torch.dtype, tile: int) -> Tensor:
+    """float64, one per tensor: the norms of one kind, a row of `partials`."""
+    n = segments.numel() // tables.SEGMENT_WIDTH.value
+    norms = torch.empty(n, dtype=torch.float64, device=segments.device)
+    grid = max(1, min(n, _most_programs(segments.device, torch.float32)))
+    launch(
+        reduce_kernel, segments.device, grid, segments, partials, norms, partials.shape[1], n,
+        KIND=kind, COMPUTE=compute_dtype(param_dtype), BLOCK=tile, **options(torch.float32),
+    )  # fmt: skip
+    return norms

@@ -1,12 +1,15 @@
-"""L2 norms in float64, by tile, by tensor and over all: no atomics, one order of summation, no overflow.
+"""L2 norms in float64, by tile, by chunk, by tensor and over all: no atomics, one order of summation, no overflow.
 
-A tile's norm is taken in the compute dtype; from there on everything is float64, and the norm of norms is the norm.
-Where squares overflow or vanish, they are taken again of the values over the largest one, so that a norm is finite
-wherever all values are.
+A tile's norm is taken in the compute dtype; where its squares overflow or vanish, they are taken again of the values
+over the largest one, so that a norm is finite wherever all values are. From there on everything is float64, and the
+norm of norms is the norm: their squares are summed in three ranges (Blue 1978), which neither overflow nor vanish.
 """
 
 import triton
 import triton.language as tl
+
+_UP = tl.constexpr(2.0**600)
+_DOWN = tl.constexpr(2.0**-600)
 
 
 @triton.jit
@@ -38,25 +41,39 @@ def tile_norm(x):
 
 
 @triton.jit
-def norm_of(pointer, n, BLOCK: tl.constexpr):
-    """The norm of n float64 norms at pointer."""
+def add_square(small, middle, large, x, RANGES: tl.constexpr):
+    """Add x^2 to the sum of its range, small and large values scaled; without RANGES all are middling."""
+    if RANGES:
+        is_small = x < 1e-100
+        is_large = x > 1e100
+        y = tl.where(is_small, x * _UP, tl.where(is_large, x * _DOWN, x))
+        y = y * y
+        small += tl.where(is_small, y, 0.0)
+        middle += tl.where(is_small | is_large, 0.0, y)
+        large += tl.where(is_large, y, 0.0)
+    else:
+        middle += x * x
+    return small, middle, large
+
+
+@triton.jit
+def root(small, middle, large, RANGES: tl.constexpr):
+    """The norm that three sums of `add_square` make."""
+    norm = tl.sqrt(middle)
+    if RANGES:
+        norm = tl.where(middle == 0, tl.sqrt(small) * _DOWN, tl.sqrt(middle + small * _DOWN * _DOWN))
+        norm = tl.where(large > 0, tl.sqrt(large + middle * _DOWN * _DOWN) * _UP, norm)
+    return norm
+
+
+@triton.jit
+def norm_of(pointer, n, BLOCK: tl.constexpr, RANGES: tl.constexpr):
+    """The norm of n float64 norms at pointer. RANGES: some may be of float64 values, whose squares may overflow."""
     i = tl.arange(0, BLOCK)
-    total = tl.zeros([BLOCK], tl.float64)
+    small = tl.zeros([BLOCK], tl.float64)
+    middle = tl.zeros([BLOCK], tl.float64)
+    large = tl.zeros([BLOCK], tl.float64)
     for base in range(0, n, BLOCK):
         x = tl.load(pointer + base + i, mask=base + i < n, other=0.0)
-        total += x * x
-    squares = tl.sum(total, 0)
-    scale = squares * 0 + 1
-    if not _usable(squares):
-        peaks = tl.zeros([BLOCK], tl.float64)
-        for base in range(0, n, BLOCK):
-            peaks = tl.maximum(peaks, tl.load(pointer + base + i, mask=base + i < n, other=0.0))
-        largest = tl.max(peaks, 0)
-        if (largest > 0) & (largest < float("inf")):
-            scale = largest
-            total = tl.zeros([BLOCK], tl.float64)
-            for base in range(0, n, BLOCK):
-                x = tl.load(pointer + base + i, mask=base + i < n, other=0.0) / largest
-                total += x * x
-            squares = tl.sum(total, 0)
-    return tl.sqrt(squares) * scale
+        small, middle, large = add_square(small, middle, large, x, RANGES)
+    return root(tl.sum(small, 0), tl.sum(middle, 0), tl.sum(large, 0), RANGES)

@@ -1,9 +1,9 @@
-"""Update rules: pure functions of one tile, given to the skeleton as `tl.constexpr`.
+"""Update rules: pure functions of one tile, given to the kernels as `tl.constexpr`.
 
 A rule is a few functions, and two optimizers share what is the same in them. Tiles are of the compute dtype (float32,
 or float64 for float64 parameters); a, b, c are tiles of the rule's states in their order, dummies where unused.
 
-    prepare(hyper, lr, count, scale, exempt, g_norm, w_norm, x_norm, MEASURES) -> h
+    prepare(hyper, lr, count, scale, exempt, w_norm, x_norm, MEASURES) -> h
         the scalars of one tensor at this update, as a NamedTuple. `h.scale` multiplies its gradient first, the update
         is w - h.outer * direction. hyper: address of the group's hyper-parameters. scale: of clipping and AMP.
         count: float64, the tensor's earlier updates. While MEASURES, LR and norms are 0, and what needs them is not
@@ -67,7 +67,7 @@ _AdamScalars = tl.constexpr(_Adam)
 
 
 @triton.jit
-def sgd_prepare(hyper, lr, count, scale, exempt, g_norm, w_norm, x_norm, MEASURES: tl.constexpr, COMPUTE: tl.constexpr):
+def sgd_prepare(hyper, lr, count, scale, exempt, w_norm, x_norm, MEASURES: tl.constexpr, COMPUTE: tl.constexpr):
     one = (lr * 0 + 1).to(COMPUTE)
     return _MomentumScalars(
         scale * tl.load(hyper + 4).to(COMPUTE),
@@ -85,9 +85,7 @@ def sgd_prepare(hyper, lr, count, scale, exempt, g_norm, w_norm, x_norm, MEASURE
 
 
 @triton.jit
-def lars_prepare(
-    hyper, lr, count, scale, exempt, g_norm, w_norm, x_norm, MEASURES: tl.constexpr, COMPUTE: tl.constexpr
-):
+def lars_prepare(hyper, lr, count, scale, exempt, w_norm, x_norm, MEASURES: tl.constexpr, COMPUTE: tl.constexpr):
     rate = lr.to(COMPUTE)
     ratio = 0 * rate + 1
     inner = ratio
@@ -107,7 +105,7 @@ def lars_prepare(
             tl.load(hyper + 10),
             tl.load(hyper + 11) * (1 - exempt),
         )  # fmt: skip
-        ratio, decay = _lars_ratio(rate, w_norm, tl.where(norm_of_sum != 0, x_norm, g_norm), h)
+        ratio, decay = _lars_ratio(rate, w_norm, x_norm, h)
         inner, outer = _lars_factors(rate, ratio, form)
     return _MomentumScalars(
         scale * tl.load(hyper + 4).to(COMPUTE),
@@ -191,18 +189,14 @@ def _adam_prepare(hyper, lr, count, scale, ratio, amsgrad, MOMENTS: tl.constexpr
 
 
 @triton.jit
-def adam_prepare(
-    hyper, lr, count, scale, exempt, g_norm, w_norm, x_norm, MEASURES: tl.constexpr, COMPUTE: tl.constexpr
-):
+def adam_prepare(hyper, lr, count, scale, exempt, w_norm, x_norm, MEASURES: tl.constexpr, COMPUTE: tl.constexpr):
     return _adam_prepare(
         hyper, lr, count, scale, (lr * 0 + 1).to(COMPUTE), tl.load(hyper + 6).to(COMPUTE), True, COMPUTE
     )
 
 
 @triton.jit
-def lamb_prepare(
-    hyper, lr, count, scale, exempt, g_norm, w_norm, x_norm, MEASURES: tl.constexpr, COMPUTE: tl.constexpr
-):
+def lamb_prepare(hyper, lr, count, scale, exempt, w_norm, x_norm, MEASURES: tl.constexpr, COMPUTE: tl.constexpr):
     zero = 0 * w_norm
     ratio = zero + 1
     if not MEASURES:
@@ -249,10 +243,6 @@ class DeviceRule(NamedTuple):
     direction: Any
     measure: Any = None
     two_stage: bool = False
-
-    @property
-    def has_trust_ratio(self) -> bool:
-        return self.measure is not None
 
 
 RULES = {

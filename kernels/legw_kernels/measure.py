@@ -1,0 +1,142 @@
+"""The pass before an update that takes norms: of gradients to clip, of weights and updates for trust ratios."""
+
+import triton
+import triton.language as tl
+
+from .norms import add_square, root, tile_norm
+from .tables import (
+    CHUNK_TILES,
+    FIRST_CHUNK,
+    FIRST_TILE,
+    NUMEL,
+    SEGMENT_WIDTH,
+    UPDATE_NORM,
+    WEIGHT_NORM,
+    begin,
+    prepare,
+    tensor_norm,
+)
+from .tiles import load_state, load_tile, load_weight, store_state
+
+
+@triton.jit
+def measure_tile(
+    tile, row, where, n_segments, h, used, apply, state_a, state_b, state_c, master,
+    ADVANCE: tl.constexpr, MEASURE: tl.constexpr, STORE: tl.constexpr, GRADIENTS: tl.constexpr,
+    PARAM: tl.constexpr, GRAD: tl.constexpr, COMPUTE: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Norms of one tile of gradient, weight and update, 0 for what is not asked for; with STORE its advanced states."""
+    address = tl.load(where)  # for each tile anew, as in `update_tile`
+    gradient = tl.load(where + n_segments)
+    start = tile * BLOCK
+    n = tl.load(row + NUMEL) - start
+    wide = (n >= BLOCK) & ((address | gradient) % 16 == 0)
+    g_norm = tl.full([], 0.0, tl.float64)
+    w_norm = g_norm
+    x_norm = g_norm
+    g = load_tile(gradient, start, n, wide, GRAD, BLOCK).to(COMPUTE)
+    if GRADIENTS:
+        g_norm = tile_norm(g)
+    if MEASURE is not None:
+        at = tl.load(row + FIRST_TILE) * BLOCK + start + tl.arange(0, BLOCK)
+        g = g * h.scale
+        w = load_weight(load_tile(address, start, n, wide, PARAM, BLOCK), master, at, COMPUTE)
+        w_norm = tile_norm(w)
+        if STORE:
+            a = load_state(state_a, at, used & 1, g)
+            b = load_state(state_b, at, used & 2, g)
+            c = load_state(state_c, at, used & 4, g)
+            a, b, c = ADVANCE(w, g, a, b, c, h)
+            if apply:
+                store_state(state_a, at, used & 1, a)
+                store_state(state_b, at, used & 2, b)
+                store_state(state_c, at, used & 4, c)
+            x_norm = tile_norm(MEASURE(w, g, a, b, c, h))
+        else:
+            a = load_state(state_a, at, (used & 1) * h.reads_state.to(tl.int32), g)
+            x_norm = tile_norm(MEASURE(w, g, a, g, g, h))
+    return g_norm, w_norm, x_norm
+
+
+@triton.jit
+def _add_tile(total, norm, COMPUTE: tl.constexpr):
+    """Towards a chunk's norm: squares add up. A chunk of float64, whose squares may overflow, is a single tile."""
+    return total + norm * norm if tl.float32 == COMPUTE else norm
+
+
+@triton.jit
+def _chunk_norm(total, COMPUTE: tl.constexpr):
+    return tl.sqrt(total) if tl.float32 == COMPUTE else total
+
+
+@triton.jit(do_not_specialize=["n_chunks", "n_runs", "n_segments", "n_totals", "first_total"])
+def measure_kernel(
+    segments, addresses, chunks, groups, milestones, counts, steps, shown, state_a, state_b, state_c, master, partials,
+    totals, grad_scale, found_inf, n_chunks, n_runs, n_segments, n_totals, first_total,
+    PREPARE: tl.constexpr, ADVANCE: tl.constexpr, MEASURE: tl.constexpr, STORE: tl.constexpr,
+    GRADIENTS: tl.constexpr, GLOBAL: tl.constexpr, SKIP: tl.constexpr,
+    PARAM: tl.constexpr, GRAD: tl.constexpr, COMPUTE: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Norms of all chunks. MEASURE: None for gradients only. GRADIENTS: whether theirs are not known yet."""
+    apply, _, inverse, norm = begin(totals, n_totals, grad_scale, found_inf, GLOBAL, SKIP, COMPUTE)
+    none = tl.full([], 0.0, tl.float64)
+    small = none  # the squares of all that this program measures
+    middle = none
+    large = none
+    for run in range(tl.program_id(0), n_runs, tl.num_programs(0)):
+        chunk = tl.cast(run, tl.int64) * n_chunks // n_runs
+        stop = (tl.cast(run, tl.int64) + 1) * n_chunks // n_runs
+        while chunk < stop:
+            segment = tl.load(chunks + chunk).to(tl.int64)
+            row = segments + segment * SEGMENT_WIDTH
+            where = addresses + segment
+            gradient = tl.load(where + n_segments)
+            size = tl.load(row + CHUNK_TILES)
+            start = (chunk - tl.load(row + FIRST_CHUNK)) * size  # in tiles of this tensor
+            n_tiles = (tl.load(row + NUMEL) + BLOCK - 1) // BLOCK
+            last = tl.minimum(stop, chunk + (n_tiles - start + size - 1) // size)
+            if gradient > 0:
+                h, used = prepare(
+                    segment, row, inverse, norm, counts, groups, milestones, steps, shown, partials, n_chunks,
+                    PREPARE, GLOBAL, False, MEASURE, GLOBAL, COMPUTE, BLOCK,
+                )  # fmt: skip
+                for k in range(last - chunk):
+                    g_total = none
+                    w_total = none
+                    x_total = none
+                    for i in range(tl.minimum(size, n_tiles - start)):
+                        g_norm, w_norm, x_norm = measure_tile(
+                            start + i, row, where, n_segments, h, used, apply,
+                            state_a, state_b, state_c, master,
+                            ADVANCE, MEASURE, STORE, GRADIENTS, PARAM, GRAD, COMPUTE, BLOCK,
+                        )  # fmt: skip
+                        g_total = _add_tile(g_total, g_norm, COMPUTE)
+                        w_total = _add_tile(w_total, w_norm, COMPUTE)
+                        x_total = _add_tile(x_total, x_norm, COMPUTE)
+                    partial = partials + chunk + k
+                    if GRADIENTS:
+                        g_total = _chunk_norm(g_total, COMPUTE) * inverse.to(tl.float64)
+                        tl.store(partial, g_total)
+                        small, middle, large = add_square(small, middle, large, g_total, tl.float64 == COMPUTE)
+                    if MEASURE is not None:
+                        tl.store(partial + WEIGHT_NORM * n_chunks, _chunk_norm(w_total, COMPUTE))
+                        tl.store(partial + UPDATE_NORM * n_chunks, _chunk_norm(x_total, COMPUTE))
+                    start += size
+            if gradient == 0:
+                for k in range(last - chunk):
+                    for kind in tl.static_range(3):
+                        tl.store(partials + kind * n_chunks + chunk + k, none)
+            chunk = last
+    if GRADIENTS:
+        tl.store(totals + first_total + tl.program_id(0), root(small, middle, large, tl.float64 == COMPUTE))
+
+
+@triton.jit(do_not_specialize=["n_chunks", "n_segments"])
+def reduce_kernel(
+    segments, partials, norms, n_chunks, n_segments, KIND: tl.constexpr, COMPUTE: tl.constexpr, BLOCK: tl.constexpr
+):
+    """Norms of one kind of all tensors, for whoever wants to see them."""
+    for segment in range(tl.program_id(0), n_segments, tl.num_programs(0)):
+        segment = tl.cast(segment, tl.int64)
+        row = segments + segment * SEGMENT_WIDTH
+        tl.store(norms + segment, tensor_norm(partials, n_chunks, row, KIND, COMPUTE, BLOCK))
