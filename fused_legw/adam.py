@@ -12,7 +12,7 @@ from legw_kernels.scalars import AdamHyper
 
 from .checks import check_flag, check_pair, check_scalar
 from .optimizer import FusedOptimizer
-from .rule import Group, Rule, Tensors, batches, floats, log, number, scaled
+from .rule import Group, Rule, Tensors, floats, log, number, scaled
 from .schedule import LEGW
 
 
@@ -62,10 +62,8 @@ class AdamRule(Rule):
 
     def aten(self, tensors: Tensors, lr: float, count: int, scale: float, group: Group) -> None:
         h = floats(self.hyper(group))
-        runs = [slice(None)] if scale == 1 else batches(tensors.params)  # a few scaled gradients at a time
-        for some in runs:
-            params, grads, states = tensors.params[some], tensors.grads[some], [x[some] for x in tensors.states]
-            fused_adam(params, scaled(grads, scale), states, h, lr, count + 1.0, h.weight_decay)
+        for piece in [tensors] if scale == 1 else tensors.pieces():
+            fused_adam(piece.params, scaled(piece.grads, scale), piece.states, h, lr, count + 1.0, h.weight_decay)
 
 
 def fused_adam(

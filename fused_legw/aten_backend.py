@@ -14,50 +14,58 @@ from legw_kernels import scalars
 
 from .control import Control
 from .flat import MASTER, Bucket, compute_dtype
-from .rule import Gradients, Group, Rule, Tensors, group_lr, norm, norms
+from .rule import PIECE, Gradients, Group, Rule, Tensors, group_lr, norms
 from .table import capturing
 
 
 @dataclass
-class Alike:
-    """Segments of one bucket that ATen updates together, and the lists of their tensors.
+class Batch:
+    """Segments of one bucket, group and count that ATen updates together, and the lists of their tensors.
 
-    count: their earlier updates, less those of the bucket's first segment. rows: their places in the bucket's tables,
-    columns: in those of the device.
+    count: their earlier updates, less those of the bucket's first that moves. rows: their places in the bucket's tables.
+    first_column: the bucket's first place in those of the device.
     """
 
     bucket: Bucket
     group: int
     count: int
     chosen: list[int]
-    rows: slice | Tensor
-    columns: slice | Tensor
-    params: list[Tensor]
+    first_column: int
     _states: dict[str, list[Tensor]] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        first, after = self.chosen[0], self.chosen[-1] + 1
+        adjacent = after - first == len(self.chosen)
+        self.rows = slice(first, after) if adjacent else torch.tensor(self.chosen, device="cpu")
+        self.params = [self.bucket.segments[i].param for i in self.chosen]
 
     def state(self, name: str) -> list[Tensor]:
         if name not in self._states:
             self._states[name] = [self.bucket.segments[i].state[name] for i in self.chosen]
         return self._states[name]
 
+    def put(self, row: list[float], values: list[float]) -> None:
+        """Write values of these segments into a row of the device's table."""
+        for i, value in zip(self.chosen, values, strict=True):
+            row[self.first_column + i] = value
 
-def _group_alike(bucket: Bucket, own: int, counts: Sequence[int | None]) -> list[Alike]:
-    """The segments of a bucket by group and count; those without one are left out. own: the bucket's first column."""
-    alike: dict[tuple[int, int], list[int]] = {}
+
+def batches(bucket: Bucket, first_column: int, counts: Sequence[int | None], most: float) -> list[Batch]:
+    """The segments of a bucket by group and count; those without one are left out.
+
+    most: elements in a batch, but for larger tensors, which get one each.
+    """
+    alike: dict[tuple[int, int], list[list[int]]] = {}
+    room: dict[tuple[int, int], float] = {}
     for i, (segment, count) in enumerate(zip(bucket.segments, counts, strict=True)):
         if count is not None:
-            alike.setdefault((segment.group, count), []).append(i)
-    found = []
-    for (group, count), chosen in alike.items():
-        first, after = chosen[0], chosen[-1] + 1
-        rows: slice | Tensor = slice(first, after)
-        columns: slice | Tensor = slice(own + first, own + after)
-        if after - first != len(chosen):
-            rows = torch.tensor(chosen, device="cpu")
-            columns = rows + own
-        params = [bucket.segments[i].param for i in chosen]
-        found.append(Alike(bucket, group, count, chosen, rows, columns, params))
-    return found
+            key, size = (segment.group, count), segment.param.numel()
+            if room.get(key, -1) < size:
+                alike.setdefault(key, []).append([])
+                room[key] = max(most, size)
+            alike[key][-1].append(i)
+            room[key] -= size
+    return [Batch(bucket, *key, chosen, first_column) for key, lists in alike.items() for chosen in lists]
 
 
 class AtenBackend:
@@ -70,12 +78,13 @@ class AtenBackend:
         self.device = buckets[0].device
         self._rule, self.buckets = rule, buckets
         self.counts = torch.tensor([steps_applied, 0], dtype=torch.int64, device="cpu")
-        self._norms: Tensor | None = None
+        self._first_columns = list(accumulate((len(bucket.segments) for bucket in buckets), initial=0))
+        self._norms: dict[str, list[float]] = {}  # of each tensor, by kind, once any were taken
+        self._measures_later = False
         self.nonfinite = torch.zeros(1, device="cpu")
         self._norm = 0.0
-        self._first_columns = list(accumulate((len(bucket.segments) for bucket in buckets), initial=0))
         # By bucket: how counts and gradients lay at the last step, and what was made of that. Steps are mostly alike.
-        self._alike: list[tuple[list[int | None], list[Alike]]] = [([], []) for _ in buckets]
+        self._batches: list[tuple[object, list[Batch]]] = [((), []) for _ in buckets]
 
     def begin(self, groups: Sequence[Group], gradients: Sequence[Gradients], control: Control, others: int) -> None:
         """Take the gradients of one step: one list per bucket. others: how many other devices take part."""
@@ -84,29 +93,34 @@ class AtenBackend:
                 "backend='aten' cannot be captured: its LR and counts are on the host; use backend='triton'"
             )
         self._gradients = gradients
-        if self._norms is None and (control.global_norm or self._rule.adapts):
-            self._norms = torch.zeros(3, self._first_columns[-1], dtype=torch.float64, device="cpu")
+        if not self._norms and (control.global_norm or self._rule.adapts):
+            self._norms = {kind: [0.0] * self._first_columns[-1] for kind in ("gradient", "weight", "ratio")}
 
     def write_groups(self, groups: Sequence[Group]) -> None:
         """Nothing: every step reads the groups."""
 
     def measure(self, control: Control, *, updates: bool, gradients: bool, clips: bool) -> None:
         """Norms of the gradients; those of weights and updates are taken as the tensors are updated."""
-        if gradients:
-            assert self._norms is not None
-            found = iter(norms([g for some in self._gradients for g in some if g is not None]))
-            every = [0.0 if g is None else next(found) for some in self._gradients for g in some]
-            self._norms[0] = torch.tensor(every, dtype=torch.float64, device="cpu") * control.inverse_scale
-            self._norm = norm(self._norms[0])
+        if not gradients:
+            return
+        # Where nothing can skip the step, the update takes them, batch by batch.
+        self._measures_later = not control.global_norm and control.found_inf is None
+        if self._measures_later:
+            self._norms["gradient"] = [0.0] * self._first_columns[-1]
+            return
+        found, scale = (
+            iter(norms([g for some in self._gradients for g in some if g is not None])),
+            control.inverse_scale,
+        )
+        every = [0.0 if g is None else next(found) * scale for some in self._gradients for g in some]
+        self._norms["gradient"], self._norm = every, math.hypot(*every)
 
     def global_norm(self) -> Tensor:
         return torch.tensor(self._norm, dtype=torch.float64, device="cpu")
 
     def norms(self, kind: str) -> list[Tensor] | None:
         """One kind of norm of each tensor, bucket by bucket; None before any were taken."""
-        if self._norms is None:
-            return None
-        return list(self._norms[("gradient", "weight", "ratio").index(kind)].clone().unbind())
+        return list(torch.tensor(self._norms[kind], dtype=torch.float64).unbind()) if self._norms else None
 
     def take_norms(self, others: Sequence[Tensor]) -> None:
         self._norm = math.hypot(self._norm, *map(float, others))
@@ -127,39 +141,45 @@ class AtenBackend:
         clips = [1.0] * len(groups)
         if control.clips:
             clips = [scalars.clip_factor(self._norm, *self._rule.clip(group)) for group in groups]
+        # What is made of tensors on the way should stay in the cache; where nothing is made, one call is best.
+        whole = not (self._rule.adapts or control.clips or control.grad_scale is not None)
         for index, (bucket, some) in enumerate(zip(self.buckets, self._gradients, strict=True)):
+            most = math.inf if whole and bucket.dtype == compute_dtype(bucket.dtype) else 2 * PIECE
             counts = bucket.exact_steps()
-            pattern = [None if g is None else count - counts[0] for g, count in zip(some, counts, strict=True)]
-            if pattern != self._alike[index][0]:
-                self._alike[index] = pattern, _group_alike(bucket, self._first_columns[index], pattern)
-            for alike in self._alike[index][1]:
-                i, count = alike.group, alike.count + counts[0]
-                self._update(alike, some, lrs[i], groups[i], count, inverse, clips[i])
+            base = next((count for g, count in zip(some, counts, strict=True) if g is not None), 0)
+            ages = [None if g is None else count - base for g, count in zip(some, counts, strict=True)]
+            if self._batches[index][0] != (most, ages):
+                self._batches[index] = (most, ages), batches(bucket, self._first_columns[index], ages, most)
+            for batch in self._batches[index][1]:
+                i = batch.group
+                self._update(batch, some, lrs[i], groups[i], batch.count + base, inverse, clips[i])
 
     def _update(
-        self, alike: Alike, some: Gradients, lr: float, group: Group, count: int, inverse: float, clip: float
+        self, batch: Batch, some: Gradients, lr: float, group: Group, count: int, inverse: float, clip: float
     ) -> None:
-        bucket, params, compute = alike.bucket, alike.params, compute_dtype(alike.bucket.dtype)
+        bucket, compute = batch.bucket, compute_dtype(batch.bucket.dtype)
         used = self._rule.used_states(group)
-        states = [alike.state(name) if name in used else [] for name in self._rule.states]
-        weights = params
+        states = [batch.state(name) if name in used else [] for name in self._rule.states]
+        weights = batch.params
         if bucket.dtype != compute:
-            weights = [self._synced_master(bucket, i) for i in alike.chosen]
-        chosen = [some[i] for i in alike.chosen]
+            weights = [self._synced_master(bucket, i) for i in batch.chosen]
+        chosen = [some[i] for i in batch.chosen]
         gradients = [g if g.dtype == compute else g.to(compute) for g in chosen if g is not None]
         tensors = Tensors(weights, gradients, states)
-        if self._norms is not None:
-            tensors.g_norms = (self._norms[0, alike.columns] * clip).tolist()
+        if self._rule.adapts:
+            if self._measures_later:
+                batch.put(self._norms["gradient"], [x * inverse for x in norms(gradients)])
+            tensors.g_norms = [self._norms["gradient"][batch.first_column + i] * clip for i in batch.chosen]
         self._rule.aten(tensors, lr, count, inverse * clip, group)
-        if self._norms is not None and tensors.ratios:
-            self._norms[1, alike.columns] = torch.tensor(tensors.w_norms, dtype=torch.float64)
-            self._norms[2, alike.columns] = torch.tensor(tensors.ratios, dtype=torch.float64)
+        if self._rule.adapts:
+            batch.put(self._norms["weight"], tensors.w_norms)
+            batch.put(self._norms["ratio"], tensors.ratios)
         if bucket.dtype != compute:
-            torch._foreach_copy_(params, weights)
+            torch._foreach_copy_(batch.params, weights)
         if used:
-            bucket.steps[alike.rows] = count + 1
+            bucket.steps[batch.rows] = count + 1
             if bucket.shown_steps is not None:
-                bucket.shown_steps[alike.rows] = count + 1
+                bucket.shown_steps[batch.rows] = count + 1
 
     @staticmethod
     def _synced_master(bucket: Bucket, i: int) -> Tensor:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -16,7 +17,7 @@ from . import variants
 from .adam import AdamRule, fused_adam
 from .checks import check_flag
 from .optimizer import FusedOptimizer
-from .rule import Group, Tensors, batches, floats, norms, scaled
+from .rule import Group, Tensors, floats, joined, norms, scaled
 from .schedule import LEGW
 
 
@@ -69,31 +70,30 @@ class LAMBRule(AdamRule):
         correction1, correction2 = (scalars.one_minus_power(x, count + 1.0) for x in (h.log_beta1, h.log_beta2))
         *_, step = scalars.bias_factors(lr, correction1, correction2, h.bias_correction)
         n = count + 1.0 if h.bias_correction == 1 else math.inf
-        for some in batches(tensors.params):
-            params, grads, states = tensors.params[some], tensors.grads[some], [x[some] for x in tensors.states]
-            minus_updates = _advance(params, scaled(grads, scale), states, h, n)
-            w_norms = norms(params)
-            every = zip(params, minus_updates, w_norms, norms(minus_updates), strict=True)
-            for p, u, w_norm, u_norm in every:
-                ratio = scalars.lamb_ratio(w_norm, u_norm, h)
-                p.add_(u, alpha=step * ratio)
-                tensors.ratios.append(ratio)
-            tensors.w_norms += w_norms
+        updates = [torch.empty_like(p) for p in tensors.params]
+        found = []
+        for piece in replace(tensors, states=[*tensors.states, updates]).pieces():
+            _advance(piece, h, n, scale)
+            found.append(norms([*piece.params, *piece.states[-1]]))
+        both = joined(found)
+        tensors.w_norms, u_norms = both[: len(updates)], both[len(updates) :]
+        tensors.ratios = [scalars.lamb_ratio(*pair, h) for pair in zip(tensors.w_norms, u_norms, strict=True)]
+        for p, u, ratio in zip(tensors.params, updates, tensors.ratios, strict=True):
+            p.add_(u, alpha=step * ratio)
 
 
-def _advance(
-    params: list[Tensor], grads: list[Tensor], states: list[list[Tensor]], h: AdamHyper, n: float
-) -> list[Tensor]:
-    """Advance the moments; what the updates are before LR and ratio, negated."""
+def _advance(tensors: Tensors, h: AdamHyper, n: float, scale: float) -> None:
+    """Advance the moments; the last of the states becomes what is added to the weights, but for LR and ratio."""
+    grads, (*moments, updates) = scaled(tensors.grads, scale), tensors.states
     if h.weight_decay and not h.decoupled:
-        grads = list(torch._foreach_add(grads, params, alpha=h.sign * h.weight_decay))
-    if h.weight_decay and h.decoupled:
-        updates = list(torch._foreach_mul(params, -h.weight_decay))
-    else:
-        updates = [torch.zeros_like(p) for p in params]
-    # Adam at LR 1 of what is to be added to the parameters, instead of the parameters.
-    fused_adam(updates, grads, states, h, 1.0, n, 0.0)
-    return updates
+        grads = list(torch._foreach_add(grads, tensors.params, alpha=h.sign * h.weight_decay))
+    for p, u in zip(tensors.params, updates, strict=True):
+        if h.weight_decay and h.decoupled:
+            torch.mul(p, -h.weight_decay, out=u)
+        else:
+            u.zero_()
+    # Adam at LR 1, of what is to be added instead of what it is added to.
+    fused_adam(updates, grads, moments, h, 1.0, n, 0.0)
 
 
 class LAMB(FusedOptimizer):

@@ -14,7 +14,7 @@ from legw_kernels.scalars import MomentumHyper
 from . import variants
 from .checks import check_flag, check_number, unread
 from .optimizer import FusedOptimizer
-from .rule import Group, Tensors, batches, floats, norms, scaled
+from .rule import Group, Tensors, floats, joined, norms, scaled
 from .schedule import LEGW
 from .sgd import SGDRule, fused_sgd
 
@@ -85,14 +85,14 @@ class LARSRule(SGDRule):
 def _norms_of_sums(tensors: Tensors, h: MomentumHyper, count: int, scale: float) -> list[float]:
     """Norms of gradient plus decay; in the popular form, of the updates that they make."""
     found = []
-    for some in batches(tensors.params):
-        sums = scaled(tensors.grads[some], scale * h.sign)
+    for piece in tensors.pieces():
+        sums = scaled(piece.grads, scale * h.sign)
         if h.weight_decay:
-            sums = list(torch._foreach_add(sums, tensors.params[some], alpha=h.weight_decay))
-        if h.form == scalars.POPULAR and tensors.states[0]:
-            sums = [_direction(x, m, h, count) for x, m in zip(sums, tensors.states[0][some], strict=True)]
-        found += norms(sums)
-    return found
+            sums = list(torch._foreach_add(sums, piece.params, alpha=h.weight_decay))
+        if h.form == scalars.POPULAR and piece.states[0]:
+            sums = [_direction(x, m, h, count) for x, m in zip(sums, piece.states[0], strict=True)]
+        found.append(norms(sums))
+    return joined(found)
 
 
 def _direction(d: Tensor, m: Tensor, h: MomentumHyper, count: int) -> Tensor:
