@@ -62,8 +62,7 @@ class AdamRule(Rule):
 
     def aten(self, tensors: Tensors, lr: float, count: int, scale: float, group: Group) -> None:
         h = floats(self.hyper(group))
-        for piece in [tensors] if scale == 1 else tensors.pieces():
-            fused_adam(piece.params, scaled(piece.grads, scale), piece.states, h, lr, count + 1.0, h.weight_decay)
+        fused_adam(tensors.params, scaled(tensors.grads, scale), tensors.states, h, lr, count + 1.0, h.weight_decay)
 
 
 def fused_adam(
@@ -71,24 +70,22 @@ def fused_adam(
     h: AdamHyper, lr: float, n: float, decay: float,
 ) -> None:  # fmt: skip
     """ATen's n-th update; without bias correction if n is infinite. decay: instead of h's."""
-    if params:
-        step = torch._fused_adamw_ if h.decoupled else torch._fused_adam_
-        counts = [torch.full((), n, device=params[0].device)] * len(params)  # ATen only reads them
-        step(
-            params,
-            grads,
-            states[0],
-            states[1],
-            states[2] if h.amsgrad else [],
-            counts,
-            lr=lr,
-            beta1=h.beta1,
-            beta2=h.beta2,
-            weight_decay=decay,
-            eps=h.eps,
-            amsgrad=bool(h.amsgrad),
-            maximize=h.sign < 0,
-        )
+    step = torch._fused_adamw_ if h.decoupled else torch._fused_adam_
+    step(
+        params,
+        grads,
+        states[0],
+        states[1],
+        states[2] if h.amsgrad else [],
+        [torch.full((), n, device=params[0].device)] * len(params),  # ATen only reads it
+        lr=lr,
+        beta1=h.beta1,
+        beta2=h.beta2,
+        weight_decay=decay,
+        eps=h.eps,
+        amsgrad=bool(h.amsgrad),
+        maximize=h.sign < 0,
+    )
 
 
 class Adam(FusedOptimizer):

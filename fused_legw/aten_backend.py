@@ -14,15 +14,17 @@ from legw_kernels import scalars
 
 from .control import Control
 from .flat import MASTER, Bucket, compute_dtype
-from .rule import PIECE, Gradients, Group, Rule, Tensors, group_lr, norms
+from .rule import Gradients, Group, Rule, Tensors, group_lr, norms
 from .table import capturing
+
+_BATCH = 1 << 20  # elements: what is made of them on the way should stay in a cache, and is let go with them
 
 
 @dataclass
 class Batch:
     """Segments of one bucket, group and count that ATen updates together, and the lists of their tensors.
 
-    count: their earlier updates, less those of the bucket's first that moves. rows: their places in the bucket's tables.
+    count: their earlier updates, less those of the bucket's first that moves. rows: their places in its tables.
     first_column: the bucket's first place in those of the device.
     """
 
@@ -141,10 +143,10 @@ class AtenBackend:
         clips = [1.0] * len(groups)
         if control.clips:
             clips = [scalars.clip_factor(self._norm, *self._rule.clip(group)) for group in groups]
-        # What is made of tensors on the way should stay in the cache; where nothing is made, one call is best.
+        # Where nothing is made of the tensors on the way, one call is best.
         whole = not (self._rule.adapts or control.clips or control.grad_scale is not None)
         for index, (bucket, some) in enumerate(zip(self.buckets, self._gradients, strict=True)):
-            most = math.inf if whole and bucket.dtype == compute_dtype(bucket.dtype) else 2 * PIECE
+            most = math.inf if whole and bucket.dtype == compute_dtype(bucket.dtype) else _BATCH
             counts = bucket.exact_steps()
             base = next((count for g, count in zip(some, counts, strict=True) if g is not None), 0)
             ages = [None if g is None else count - base for g, count in zip(some, counts, strict=True)]
@@ -167,12 +169,9 @@ class AtenBackend:
         gradients = [g if g.dtype == compute else g.to(compute) for g in chosen if g is not None]
         tensors = Tensors(weights, gradients, states)
         if self._rule.adapts:
-            if self._measures_later:
-                batch.put(self._norms["gradient"], [x * inverse for x in norms(gradients)])
-            tensors.g_norms = [self._norms["gradient"][batch.first_column + i] * clip for i in batch.chosen]
+            self._take_norms(batch, tensors, inverse, clip)
         self._rule.aten(tensors, lr, count, inverse * clip, group)
         if self._rule.adapts:
-            batch.put(self._norms["weight"], tensors.w_norms)
             batch.put(self._norms["ratio"], tensors.ratios)
         if bucket.dtype != compute:
             torch._foreach_copy_(batch.params, weights)
@@ -180,6 +179,16 @@ class AtenBackend:
             bucket.steps[batch.rows] = count + 1
             if bucket.shown_steps is not None:
                 bucket.shown_steps[batch.rows] = count + 1
+
+    def _take_norms(self, batch: Batch, tensors: Tensors, inverse: float, clip: float) -> None:
+        """Give the tensors their norms, of the gradients unless they are known."""
+        unknown = tensors.grads if self._measures_later else []
+        found = norms([*unknown, *tensors.params])
+        if unknown:
+            batch.put(self._norms["gradient"], [x * inverse for x in found[: len(unknown)]])
+        tensors.g_norms = [self._norms["gradient"][batch.first_column + i] * clip for i in batch.chosen]
+        tensors.w_norms = found[len(unknown) :]
+        batch.put(self._norms["weight"], tensors.w_norms)
 
     @staticmethod
     def _synced_master(bucket: Bucket, i: int) -> Tensor:

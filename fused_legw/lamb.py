@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -17,7 +16,7 @@ from . import variants
 from .adam import AdamRule, fused_adam
 from .checks import check_flag
 from .optimizer import FusedOptimizer
-from .rule import Group, Tensors, floats, joined, norms, scaled
+from .rule import Group, Tensors, floats, norms, scaled
 from .schedule import LEGW
 
 
@@ -69,31 +68,25 @@ class LAMBRule(AdamRule):
         h = floats(self.hyper(group))
         correction1, correction2 = (scalars.one_minus_power(x, count + 1.0) for x in (h.log_beta1, h.log_beta2))
         *_, step = scalars.bias_factors(lr, correction1, correction2, h.bias_correction)
-        n = count + 1.0 if h.bias_correction == 1 else math.inf
-        updates = [torch.empty_like(p) for p in tensors.params]
-        found = []
-        for piece in replace(tensors, states=[*tensors.states, updates]).pieces():
-            _advance(piece, h, n, scale)
-            found.append(norms([*piece.params, *piece.states[-1]]))
-        both = joined(found)
-        tensors.w_norms, u_norms = both[: len(updates)], both[len(updates) :]
-        tensors.ratios = [scalars.lamb_ratio(*pair, h) for pair in zip(tensors.w_norms, u_norms, strict=True)]
-        for p, u, ratio in zip(tensors.params, updates, tensors.ratios, strict=True):
+        updates = _updates(tensors, h, count + 1.0 if h.bias_correction == 1 else math.inf, scale)
+        for p, u, w_norm, u_norm in zip(tensors.params, updates, tensors.w_norms, norms(updates), strict=True):
+            ratio = scalars.lamb_ratio(w_norm, u_norm, h)
             p.add_(u, alpha=step * ratio)
+            tensors.ratios.append(ratio)
 
 
-def _advance(tensors: Tensors, h: AdamHyper, n: float, scale: float) -> None:
-    """Advance the moments; the last of the states becomes what is added to the weights, but for LR and ratio."""
-    grads, (*moments, updates) = scaled(tensors.grads, scale), tensors.states
+def _updates(tensors: Tensors, h: AdamHyper, n: float, scale: float) -> list[Tensor]:
+    """Advance the moments; what is then added to the weights, but for LR and ratio."""
+    params, grads = tensors.params, scaled(tensors.grads, scale)
     if h.weight_decay and not h.decoupled:
-        grads = list(torch._foreach_add(grads, tensors.params, alpha=h.sign * h.weight_decay))
-    for p, u in zip(tensors.params, updates, strict=True):
-        if h.weight_decay and h.decoupled:
-            torch.mul(p, -h.weight_decay, out=u)
-        else:
-            u.zero_()
+        grads = list(torch._foreach_add(grads, params, alpha=h.sign * h.weight_decay))
+    if h.weight_decay and h.decoupled:
+        updates = list(torch._foreach_mul(params, -h.weight_decay))
+    else:
+        updates = [torch.zeros_like(p) for p in params]
     # Adam at LR 1, of what is to be added instead of what it is added to.
-    fused_adam(updates, grads, moments, h, 1.0, n, 0.0)
+    fused_adam(updates, grads, tensors.states, h, 1.0, n, 0.0)
+    return updates
 
 
 class LAMB(FusedOptimizer):

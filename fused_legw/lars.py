@@ -14,7 +14,7 @@ from legw_kernels.scalars import MomentumHyper
 from . import variants
 from .checks import check_flag, check_number, unread
 from .optimizer import FusedOptimizer
-from .rule import Group, Tensors, floats, joined, norms, scaled
+from .rule import Group, Tensors, floats, norms, scaled
 from .schedule import LEGW
 from .sgd import SGDRule, fused_sgd
 
@@ -70,7 +70,6 @@ class LARSRule(SGDRule):
     def aten(self, tensors: Tensors, lr: float, count: int, scale: float, group: Group) -> None:
         h = floats(self.hyper(group))
         exempt, exempts = h._replace(adapt=0.0, weight_decay=0.0), self.exempts_vectors(group)
-        tensors.w_norms = norms(tensors.params)
         x_norms = _norms_of_sums(tensors, h, count, scale) if h.norm_of_sum else tensors.g_norms
         momenta = [[m] for m in tensors.states[0]] or [[]] * len(tensors.params)
         every = zip(tensors.params, tensors.grads, momenta, tensors.w_norms, x_norms, strict=True)
@@ -84,15 +83,12 @@ class LARSRule(SGDRule):
 
 def _norms_of_sums(tensors: Tensors, h: MomentumHyper, count: int, scale: float) -> list[float]:
     """Norms of gradient plus decay; in the popular form, of the updates that they make."""
-    found = []
-    for piece in tensors.pieces():
-        sums = scaled(piece.grads, scale * h.sign)
-        if h.weight_decay:
-            sums = list(torch._foreach_add(sums, piece.params, alpha=h.weight_decay))
-        if h.form == scalars.POPULAR and piece.states[0]:
-            sums = [_direction(x, m, h, count) for x, m in zip(sums, piece.states[0], strict=True)]
-        found.append(norms(sums))
-    return joined(found)
+    sums = scaled(tensors.grads, scale * h.sign)
+    if h.weight_decay:
+        sums = list(torch._foreach_add(sums, tensors.params, alpha=h.weight_decay))
+    if h.form == scalars.POPULAR and tensors.states[0]:
+        sums = [_direction(x, m, h, count) for x, m in zip(sums, tensors.states[0], strict=True)]
+    return norms(sums)
 
 
 def _direction(d: Tensor, m: Tensor, h: MomentumHyper, count: int) -> Tensor:

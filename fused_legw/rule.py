@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import math
 import operator
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from itertools import repeat
 from typing import Any
 
 import torch
@@ -21,7 +20,6 @@ Group = dict[str, Any]  # one of torch.optim's param_groups
 Gradients = Sequence[Tensor | None]  # one per segment of a bucket, in the parameter's layout
 Hyper = scalars.MomentumHyper | scalars.AdamHyper
 
-PIECE = 1 << 18  # elements: what is made of so many stays in the cache until it is used
 _ROW, _SMALL = 256, 4096  # of a small tensor `norms` takes the elements, of others the norms of rows
 
 
@@ -141,8 +139,8 @@ class Written:
 class Tensors:
     """The tensors of one group, dtype and count that ATen updates: lists, an entry per parameter.
 
-    states: a list for each of the rule's states; empty where the group does not use it. g_norms: norms of the gradients
-    as they are to be used, where the rule adapts. w_norms, ratios: to be filled.
+    states: a list for each of the rule's states; empty where the group does not use it. Where the rule adapts, g_norms:
+    norms of the gradients as they are to be used; w_norms: of the weights; ratios: to be filled.
     """
 
     params: list[Tensor]
@@ -151,16 +149,6 @@ class Tensors:
     g_norms: list[float] = field(default_factory=list)
     w_norms: list[float] = field(default_factory=list)
     ratios: list[float] = field(default_factory=list)
-
-    def pieces(self) -> Iterator[Tensors]:
-        """Lists as long as these, together the same elements; one large tensor in pieces that a cache can hold."""
-        if len(self.params) != 1 or self.params[0].numel() <= PIECE:
-            yield Tensors(self.params, self.grads, self.states)
-            return
-        lists = [self.params, self.grads, *self.states]
-        cut = [flattened(some[0]).split(PIECE) if some else repeat(None) for some in lists]
-        for params, grads, *states in zip(*cut, strict=False):
-            yield Tensors([params], [grads], [[] if x is None else [x] for x in states])
 
 
 def number(x: Any) -> Any:
@@ -185,11 +173,6 @@ def scaled(grads: list[Tensor], factor: float) -> list[Tensor]:
     return grads if factor == 1 else list(torch._foreach_mul(grads, factor))
 
 
-def flattened(x: Tensor) -> Tensor:
-    """A view of one dimension on a dense tensor, in the order of its memory."""
-    return x.as_strided((x.numel(),), (1,))
-
-
 def norms(tensors: Sequence[Tensor]) -> list[float]:
     """The L2 norm of each dense tensor, to 1e-7; it does not overflow where the values are finite.
 
@@ -199,13 +182,12 @@ def norms(tensors: Sequence[Tensor]) -> list[float]:
     for x in tensors:
         if x.dtype in (torch.float16, torch.bfloat16):
             x = x.float()
-        size = left = x.numel()
-        rows = size // _ROW if size >= _SMALL else 0
-        if rows:
-            left = size - rows * _ROW
+        rows, left = 0, x.numel()
+        if left >= _SMALL:
+            rows, left = divmod(left, _ROW)
             parts.append(torch.linalg.vector_norm(x.as_strided((rows, _ROW), (_ROW, 1)), dim=1))
         if left:
-            parts.append(x.as_strided((left,), (1,), x.storage_offset() + size - left))
+            parts.append(x.as_strided((left,), (1,), x.storage_offset() + rows * _ROW))
         lengths.append(rows + left)
     if not parts:
         return [0.0] * len(tensors)
@@ -213,11 +195,6 @@ def norms(tensors: Sequence[Tensor]) -> list[float]:
     sums = torch.segment_reduce(squares, "sum", lengths=torch.tensor(lengths, device="cpu"), unsafe=True)
     plain: list[float] = sums.sqrt_().tolist()
     return [y if 1e-12 < y < 1e18 else norm(x) for x, y in zip(tensors, plain, strict=True)]
-
-
-def joined(pieces: list[list[float]]) -> list[float]:
-    """The norms of tensors from those of their pieces."""
-    return [math.hypot(*some) for some in zip(*pieces, strict=True)]
 
 
 def norm(x: Tensor) -> float:
