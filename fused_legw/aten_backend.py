@@ -94,7 +94,7 @@ class AtenBackend:
             raise RuntimeError(
                 "backend='aten' cannot be captured: its LR and counts are on the host; use backend='triton'"
             )
-        self._gradients = gradients
+        self._gradients: Sequence[Gradients] = gradients
         if not self._norms and (control.global_norm or self._rule.adapts):
             self._norms = {kind: [0.0] * self._first_columns[-1] for kind in ("gradient", "weight", "ratio")}
 
@@ -110,12 +110,10 @@ class AtenBackend:
         if self._measures_later:
             self._norms["gradient"] = [0.0] * self._first_columns[-1]
             return
-        found, scale = (
-            iter(norms([g for some in self._gradients for g in some if g is not None])),
-            control.inverse_scale,
-        )
-        every = [0.0 if g is None else next(found) * scale for some in self._gradients for g in some]
-        self._norms["gradient"], self._norm = every, math.hypot(*every)
+        every = [g for some in self._gradients for g in some]
+        found, scale = iter(norms([g for g in every if g is not None])), control.inverse_scale
+        taken = [0.0 if g is None else next(found) * scale for g in every]
+        self._norms["gradient"], self._norm = taken, math.hypot(*taken)
 
     def global_norm(self) -> Tensor:
         return torch.tensor(self._norm, dtype=torch.float64, device="cpu")
@@ -135,6 +133,7 @@ class AtenBackend:
             apply = apply and not (control.skips and self.nonfinite)
         if apply:
             self._update_all(groups, control)
+        self._gradients = ()  # zero_grad is to free them
         self.counts[0 if apply else 1] += advance
 
     def _update_all(self, groups: Sequence[Group], control: Control) -> None:
