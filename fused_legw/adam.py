@@ -12,7 +12,7 @@ from legw_kernels.scalars import AdamHyper
 
 from .checks import check_flag, check_pair, check_scalar
 from .optimizer import FusedOptimizer
-from .rule import Group, Rule, Tensors, log, number, scaled
+from .rule import Group, Rule, Tensors, floats, log, number, scaled
 from .schedule import LEGW
 
 
@@ -61,23 +61,31 @@ class AdamRule(Rule):
         )
 
     def aten(self, tensors: Tensors, lr: float, count: int, scale: float, group: Group) -> None:
-        step = torch._fused_adamw_ if group["decoupled_weight_decay"] else torch._fused_adam_
-        n = len(tensors.params)
-        step(
-            tensors.params,
-            scaled(tensors.grads, scale),
-            tensors.states[0],
-            tensors.states[1],
-            tensors.states[2],
-            list(torch.full((n,), float(count + 1)).unbind()) if n else [],
-            lr=lr,
-            beta1=float(group["betas"][0]),
-            beta2=float(group["betas"][1]),
-            weight_decay=float(group["weight_decay"]),
-            eps=float(group["eps"]),
-            amsgrad=bool(group["amsgrad"]),
-            maximize=bool(group["maximize"]),
-        )
+        h = floats(self.hyper(group))
+        fused_adam(tensors.params, scaled(tensors.grads, scale), tensors.states, h, lr, count + 1.0, h.weight_decay)
+
+
+def fused_adam(
+    params: list[Tensor], grads: list[Tensor], states: list[list[Tensor]],
+    h: AdamHyper, lr: float, n: float, decay: float,
+) -> None:  # fmt: skip
+    """ATen's n-th update; without bias correction if n is infinite. decay: instead of h's."""
+    step = torch._fused_adamw_ if h.decoupled else torch._fused_adam_
+    step(
+        params,
+        grads,
+        states[0],
+        states[1],
+        states[2] if h.amsgrad else [],
+        [torch.full((), n, device=params[0].device)] * len(params),  # ATen only reads it
+        lr=lr,
+        beta1=h.beta1,
+        beta2=h.beta2,
+        weight_decay=decay,
+        eps=h.eps,
+        amsgrad=bool(h.amsgrad),
+        maximize=h.sign < 0,
+    )
 
 
 class Adam(FusedOptimizer):

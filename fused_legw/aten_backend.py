@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any
+from dataclasses import dataclass, field
+from itertools import accumulate
 
 import torch
 from torch import Tensor
@@ -13,8 +14,60 @@ from legw_kernels import scalars
 
 from .control import Control
 from .flat import MASTER, Bucket, compute_dtype
-from .rule import Gradients, Group, Rule, Tensors, group_lr, norm
+from .rule import Gradients, Group, Rule, Tensors, group_lr, norms
 from .table import capturing
+
+_BATCH = 1 << 20  # elements: what is made of them on the way should stay in a cache, and is let go with them
+
+
+@dataclass
+class Batch:
+    """Segments of one bucket, group and count that ATen updates together, and the lists of their tensors.
+
+    count: their earlier updates, less those of the bucket's first that moves. rows: their places in its tables.
+    first_column: the bucket's first place in those of the device.
+    """
+
+    bucket: Bucket
+    group: int
+    count: int
+    chosen: list[int]
+    first_column: int
+    _states: dict[str, list[Tensor]] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        first, after = self.chosen[0], self.chosen[-1] + 1
+        adjacent = after - first == len(self.chosen)
+        self.rows = slice(first, after) if adjacent else torch.tensor(self.chosen, device="cpu")
+        self.params = [self.bucket.segments[i].param for i in self.chosen]
+
+    def state(self, name: str) -> list[Tensor]:
+        if name not in self._states:
+            self._states[name] = [self.bucket.segments[i].state[name] for i in self.chosen]
+        return self._states[name]
+
+    def put(self, row: list[float], values: list[float]) -> None:
+        """Write values of these segments into a row of the device's table."""
+        for i, value in zip(self.chosen, values, strict=True):
+            row[self.first_column + i] = value
+
+
+def batches(bucket: Bucket, first_column: int, counts: Sequence[int | None], most: float) -> list[Batch]:
+    """The segments of a bucket by group and count; those without one are left out.
+
+    most: elements in a batch, but for larger tensors, which get one each.
+    """
+    alike: dict[tuple[int, int], list[list[int]]] = {}
+    room: dict[tuple[int, int], float] = {}
+    for i, (segment, count) in enumerate(zip(bucket.segments, counts, strict=True)):
+        if count is not None:
+            key, size = (segment.group, count), segment.param.numel()
+            if room.get(key, -1) < size:
+                alike.setdefault(key, []).append([])
+                room[key] = max(most, size)
+            alike[key][-1].append(i)
+            room[key] -= size
+    return [Batch(bucket, *key, chosen, first_column) for key, lists in alike.items() for chosen in lists]
 
 
 class AtenBackend:
@@ -35,9 +88,13 @@ class AtenBackend:
         self.device = buckets[0].device
         self._rule, self.buckets = rule, buckets
         self.counts = torch.tensor([steps_applied, 0], dtype=torch.int64, device="cpu")
-        self._norms: Tensor | None = None
+        self._first_columns = list(accumulate((len(bucket.segments) for bucket in buckets), initial=0))
+        self._norms: dict[str, list[float]] = {}  # of each tensor, by kind, once any were taken
+        self._measures_later = False
         self.nonfinite = torch.zeros(1, device="cpu")
         self._norm = 0.0
+        # By bucket: how counts and gradients lay at the last step, and what was made of that. Steps are mostly alike.
+        self._batches: list[tuple[object, list[Batch]]] = [((), []) for _ in buckets]
 
     def begin(self, groups: Sequence[Group], gradients: Sequence[Gradients], control: Control, others: int) -> None:
         """Take the gradients of one step: one list per bucket. others: how many other devices take part."""
@@ -45,21 +102,26 @@ class AtenBackend:
             raise RuntimeError(
                 "backend='aten' cannot be captured: its LR and counts are on the host; use backend='triton'"
             )
-        self._gradients = gradients
-        if self._norms is None and (control.global_norm or self._rule.adapts):
-            self._norms = torch.zeros(3, sum(len(b.segments) for b in self.buckets), dtype=torch.float64, device="cpu")
+        self._gradients: Sequence[Gradients] = gradients
+        if not self._norms and (control.global_norm or self._rule.adapts):
+            self._norms = {kind: [0.0] * self._first_columns[-1] for kind in ("gradient", "weight", "ratio")}
 
     def write_groups(self, groups: Sequence[Group]) -> None:
         """Nothing: every step reads the groups."""
 
     def measure(self, control: Control, *, updates: bool, gradients: bool, clips: bool) -> None:
         """Norms of the gradients; those of weights and updates are taken as the tensors are updated."""
-        if gradients:
-            assert self._norms is not None
-            scale = control.inverse_scale
-            norms = [0.0 if g is None else norm(g) * scale for some in self._gradients for g in some]
-            self._norms[0] = torch.tensor(norms, dtype=torch.float64, device="cpu")
-            self._norm = norm(self._norms[0])
+        if not gradients:
+            return
+        # Where nothing can skip the step, the update takes them, batch by batch.
+        self._measures_later = not control.global_norm and control.found_inf is None
+        if self._measures_later:
+            self._norms["gradient"] = [0.0] * self._first_columns[-1]
+            return
+        every = [g for some in self._gradients for g in some]
+        found, scale = iter(norms([g for g in every if g is not None])), control.inverse_scale
+        taken = [0.0 if g is None else next(found) * scale for g in every]
+        self._norms["gradient"], self._norm = taken, math.hypot(*taken)
 
     def global_norm(self) -> Tensor:
         return torch.tensor(self._norm, dtype=torch.float64, device="cpu")
@@ -69,9 +131,7 @@ class AtenBackend:
 
     def norms(self, kind: str) -> list[Tensor] | None:
         """One kind of norm of each tensor, bucket by bucket; None before any were taken."""
-        if self._norms is None:
-            return None
-        return list(self._norms[("gradient", "weight", "ratio").index(kind)].clone().unbind())
+        return list(torch.tensor(self._norms[kind], dtype=torch.float64).unbind()) if self._norms else None
 
     def take_norms(self, others: Sequence[Tensor]) -> None:
         self._norm = math.hypot(self._norm, *map(float, others))
@@ -84,53 +144,61 @@ class AtenBackend:
             apply = apply and not (control.skips and self.nonfinite)
         if apply:
             self._update_all(groups, control)
+        self._gradients = ()  # zero_grad is to free them
         self.counts[0 if apply else 1] += advance
 
     def _update_all(self, groups: Sequence[Group], control: Control) -> None:
-        t, own = int(self.counts[0]), 0
-        inverse, clips = control.inverse_scale, [1.0] * len(groups)
+        t, inverse = int(self.counts[0]), control.inverse_scale
+        lrs = [group_lr(group, t) for group in groups]
+        clips = [1.0] * len(groups)
         if control.clips:
             clips = [scalars.clip_factor(self._norm, *self._rule.clip(group)) for group in groups]
-        for bucket, some in zip(self.buckets, self._gradients, strict=True):
-            alike: dict[tuple[int, int], list[int]] = {}  # (group, earlier updates) -> segments
-            for i, (segment, g, count) in enumerate(zip(bucket.segments, some, bucket.exact_steps(), strict=True)):
-                if g is not None:
-                    alike.setdefault((segment.group, count), []).append(i)
-            for (index, count), chosen in alike.items():
-                group = groups[index]
-                lr = group_lr(group, t)
-                self._update(bucket, own, chosen, [some[i] for i in chosen], lr, group, count, inverse, clips[index])
-            own += len(bucket.segments)
+        # Where nothing is made of the tensors on the way, one call is best.
+        whole = not (self._rule.adapts or control.clips or control.grad_scale is not None)
+        for index, (bucket, some) in enumerate(zip(self.buckets, self._gradients, strict=True)):
+            most = math.inf if whole and bucket.dtype == compute_dtype(bucket.dtype) else _BATCH
+            counts = bucket.exact_steps()
+            base = next((count for g, count in zip(some, counts, strict=True) if g is not None), 0)
+            ages = [None if g is None else count - base for g, count in zip(some, counts, strict=True)]
+            if self._batches[index][0] != (most, ages):
+                self._batches[index] = (most, ages), batches(bucket, self._first_columns[index], ages, most)
+            for batch in self._batches[index][1]:
+                i = batch.group
+                self._update(batch, some, lrs[i], groups[i], batch.count + base, inverse, clips[i])
 
     def _update(
-        self, bucket: Bucket, own: int, chosen: list[int], gradients: list[Any], lr: float, group: Group, count: int,
-        inverse: float, clip: float,
-    ) -> None:  # fmt: skip
-        params = [bucket.segments[i].param for i in chosen]
+        self, batch: Batch, some: Gradients, lr: float, group: Group, count: int, inverse: float, clip: float
+    ) -> None:
+        bucket, compute = batch.bucket, compute_dtype(batch.bucket.dtype)
         used = self._rule.used_states(group)
-        states = [
-            [bucket.segments[i].state[name] for i in chosen] if name in used else [] for name in self._rule.states
-        ]
-        compute = compute_dtype(bucket.dtype)
-        weights: list[Tensor] = params
+        states = [batch.state(name) if name in used else [] for name in self._rule.states]
+        weights = batch.params
         if bucket.dtype != compute:
-            weights = [self._synced_master(bucket, i) for i in chosen]
-        gradients = [g if g.dtype == compute else g.to(compute) for g in gradients]
-        tensors = Tensors(weights, gradients, states, [self._rule.exempt(group, p) for p in params])
-        columns = [own + i for i in chosen]
-        if self._norms is not None:
-            tensors.g_norms = (self._norms[0, columns] * clip).tolist()
+            weights = [self._synced_master(bucket, i) for i in batch.chosen]
+        chosen = [some[i] for i in batch.chosen]
+        gradients = [g if g.dtype == compute else g.to(compute) for g in chosen if g is not None]
+        tensors = Tensors(weights, gradients, states)
+        if self._rule.adapts:
+            self._take_norms(batch, tensors, inverse, clip)
         self._rule.aten(tensors, lr, count, inverse * clip, group)
-        if self._norms is not None and tensors.ratios:
-            self._norms[1, columns] = torch.tensor(tensors.w_norms, dtype=torch.float64)
-            self._norms[2, columns] = torch.tensor(tensors.ratios, dtype=torch.float64)
+        if self._rule.adapts:
+            batch.put(self._norms["ratio"], tensors.ratios)
         if bucket.dtype != compute:
-            torch._foreach_copy_(params, weights)
+            torch._foreach_copy_(batch.params, weights)
         if used:
-            rows = chosen if len(chosen) < len(bucket.segments) else slice(None)
-            bucket.steps[rows] = count + 1
+            bucket.steps[batch.rows] = count + 1
             if bucket.shown_steps is not None:
-                bucket.shown_steps[rows] = count + 1
+                bucket.shown_steps[batch.rows] = count + 1
+
+    def _take_norms(self, batch: Batch, tensors: Tensors, inverse: float, clip: float) -> None:
+        """Give the tensors their norms, of the gradients unless they are known."""
+        unknown = tensors.grads if self._measures_later else []
+        found = norms([*unknown, *tensors.params])
+        if unknown:
+            batch.put(self._norms["gradient"], [x * inverse for x in found[: len(unknown)]])
+        tensors.g_norms = [self._norms["gradient"][batch.first_column + i] * clip for i in batch.chosen]
+        tensors.w_norms = found[len(unknown) :]
+        batch.put(self._norms["weight"], tensors.w_norms)
 
     @staticmethod
     def _synced_master(bucket: Bucket, i: int) -> Tensor:

@@ -6,16 +6,17 @@ import math
 from collections.abc import Iterable
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from legw_kernels import scalars
 from legw_kernels.scalars import AdamHyper
 
 from . import variants
-from .adam import AdamRule
+from .adam import AdamRule, fused_adam
 from .checks import check_flag
 from .optimizer import FusedOptimizer
-from .rule import Group, Tensors, norm, scaled
+from .rule import Group, Tensors, floats, norms, scaled
 from .schedule import LEGW
 
 
@@ -64,23 +65,28 @@ class LAMBRule(AdamRule):
         return limit, group["variant"] in variants.DIVIDING
 
     def aten(self, tensors: Tensors, lr: float, count: int, scale: float, group: Group) -> None:
-        h = self.hyper(group)
+        h = floats(self.hyper(group))
         correction1, correction2 = (scalars.one_minus_power(x, count + 1.0) for x in (h.log_beta1, h.log_beta2))
-        first, root, step = scalars.bias_factors(lr, correction1, correction2, h.bias_correction)
-        grads = scaled(tensors.grads, scale * h.sign)
-        for p, g, m, v in zip(tensors.params, grads, *tensors.states[:2], strict=True):
-            if h.weight_decay and not h.decoupled:
-                g = g.add(p, alpha=h.weight_decay)
-            m.mul_(h.beta1).add_(g, alpha=1 - h.beta1)
-            v.mul_(h.beta2).addcmul_(g, g, value=1 - h.beta2)
-            u = m.mul(first).div_(v.sqrt().mul_(root).add_(h.eps))
-            if h.weight_decay and h.decoupled:
-                u.add_(p, alpha=h.weight_decay)
-            w_norm = norm(p)
-            ratio = scalars.lamb_ratio(w_norm, norm(u), h)
-            p.sub_(u, alpha=step * ratio)
-            tensors.w_norms.append(w_norm)
+        *_, step = scalars.bias_factors(lr, correction1, correction2, h.bias_correction)
+        updates = _updates(tensors, h, count + 1.0 if h.bias_correction == 1 else math.inf, scale)
+        for p, u, w_norm, u_norm in zip(tensors.params, updates, tensors.w_norms, norms(updates), strict=True):
+            ratio = scalars.lamb_ratio(w_norm, u_norm, h)
+            p.add_(u, alpha=step * ratio)
             tensors.ratios.append(ratio)
+
+
+def _updates(tensors: Tensors, h: AdamHyper, n: float, scale: float) -> list[Tensor]:
+    """Advance the moments; what is then added to the weights, but for LR and ratio."""
+    params, grads = tensors.params, scaled(tensors.grads, scale)
+    if h.weight_decay and not h.decoupled:
+        grads = list(torch._foreach_add(grads, params, alpha=h.sign * h.weight_decay))
+    if h.weight_decay and h.decoupled:
+        updates = list(torch._foreach_mul(params, -h.weight_decay))
+    else:
+        updates = [torch.zeros_like(p) for p in params]
+    # Adam at LR 1, of what is to be added instead of what it is added to.
+    fused_adam(updates, grads, tensors.states, h, 1.0, n, 0.0)
+    return updates
 
 
 class LAMB(FusedOptimizer):

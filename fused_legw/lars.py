@@ -14,9 +14,9 @@ from legw_kernels.scalars import MomentumHyper
 from . import variants
 from .checks import check_flag, check_number, unread
 from .optimizer import FusedOptimizer
-from .rule import Group, Tensors, norm, scaled
+from .rule import Group, Tensors, floats, norms, scaled
 from .schedule import LEGW
-from .sgd import SGDRule
+from .sgd import SGDRule, fused_sgd
 
 _FORMS = {
     "scaled": scalars.SCALED,
@@ -68,34 +68,32 @@ class LARSRule(SGDRule):
         return bool(self.hyper(group).norm_of_sum)
 
     def aten(self, tensors: Tensors, lr: float, count: int, scale: float, group: Group) -> None:
-        h = self.hyper(group)
-        momenta: list[Any] = tensors.states[0] or [None] * len(tensors.params)
-        grads = scaled(tensors.grads, scale * h.sign)
-        for i, (p, g, m) in enumerate(zip(tensors.params, grads, momenta, strict=True)):
-            own = h._replace(adapt=0.0, weight_decay=0.0) if tensors.exempt[i] else h
-            w_norm = norm(p)
-            x_norm = tensors.g_norms[i]
-            if own.norm_of_sum:
-                x = g.add(p, alpha=own.weight_decay) if own.weight_decay else g
-                if own.form == scalars.POPULAR:
-                    x = _direction(x, None if m is None else m.clone(), own, count)
-                x_norm = norm(x)
+        h = floats(self.hyper(group))
+        exempt, exempts = h._replace(adapt=0.0, weight_decay=0.0), self.exempts_vectors(group)
+        x_norms = _norms_of_sums(tensors, h, count, scale) if h.norm_of_sum else tensors.g_norms
+        momenta = [[m] for m in tensors.states[0]] or [[]] * len(tensors.params)
+        every = zip(tensors.params, tensors.grads, momenta, tensors.w_norms, x_norms, strict=True)
+        for p, g, m, w_norm, x_norm in every:
+            own = exempt if exempts and p.ndim <= 1 else h
             ratio, decay = scalars.lars_ratio(lr, w_norm, x_norm, own)
             inner, outer = scalars.lars_factors(lr, ratio, own.form)
-            d = (g.add(p, alpha=decay) if decay else g).mul(inner)
-            p.sub_(_direction(d, m, own, count), alpha=outer)
-            tensors.w_norms.append(w_norm)
+            fused_sgd([p], [g], m, own, outer, inner * scale, inner * decay, count)
             tensors.ratios.append(ratio)
 
 
-def _direction(d: Tensor, m: Tensor | None, h: MomentumHyper, count: int) -> Tensor:
-    """The update of a decayed gradient d; m becomes the next momentum buffer."""
-    if m is None:
-        return d
-    if count == 0:
-        m.copy_(d)
-    else:
-        m.mul_(h.momentum).add_(d, alpha=1 - h.dampening)
+def _norms_of_sums(tensors: Tensors, h: MomentumHyper, count: int, scale: float) -> list[float]:
+    """Norms of gradient plus decay; in the popular form, of the updates that they make."""
+    sums = scaled(tensors.grads, scale * h.sign)
+    if h.weight_decay:
+        sums = list(torch._foreach_add(sums, tensors.params, alpha=h.weight_decay))
+    if h.form == scalars.POPULAR and tensors.states[0]:
+        sums = [_direction(x, m, h, count) for x, m in zip(sums, tensors.states[0], strict=True)]
+    return norms(sums)
+
+
+def _direction(d: Tensor, m: Tensor, h: MomentumHyper, count: int) -> Tensor:
+    """The update that a decayed gradient d makes, before its LR and ratio."""
+    m = d if count == 0 else m.mul(h.momentum).add_(d, alpha=1 - h.dampening)
     return d.add(m, alpha=h.momentum) if h.nesterov else m
 
 

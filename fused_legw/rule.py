@@ -20,6 +20,8 @@ Group = dict[str, Any]  # one of torch.optim's param_groups
 Gradients = Sequence[Tensor | None]  # one per segment of a bucket, in the parameter's layout
 Hyper = scalars.MomentumHyper | scalars.AdamHyper
 
+_ROW, _SMALL = 256, 4096  # of a small tensor `norms` takes the elements, of others the norms of rows
+
 
 class Rule:
     """An optimizer's state, and what its hyper-parameters mean to the kernels and to ATen.
@@ -93,7 +95,7 @@ class Rule:
         return self.two_stage
 
     def aten(self, tensors: Tensors, lr: float, count: int, scale: float, group: Group) -> None:
-        """One update of these tensors by ATen; the ratios are appended to `tensors.ratios`.
+        """One update of these tensors by ATen; where it has trust ratios, it fills in `tensors.ratios`.
 
         count: their earlier updates. scale: what their gradients are multiplied by, for clipping and AMP.
         """
@@ -139,14 +141,13 @@ class Written:
 class Tensors:
     """The tensors of one group, dtype and count that ATen updates: lists, an entry per parameter.
 
-    states: a list for each of the rule's states; empty where the group does not use it. exempt: see `Rule.exempt`.
-    g_norms: norms of the gradients as they are to be used, empty where not taken. w_norms, ratios: to be filled.
+    states: a list for each of the rule's states; empty where the group does not use it. Where the rule adapts, g_norms:
+    norms of the gradients as they are to be used; w_norms: of the weights; ratios: to be filled.
     """
 
     params: list[Tensor]
     grads: list[Tensor]
     states: list[list[Tensor]]
-    exempt: list[bool]
     g_norms: list[float] = field(default_factory=list)
     w_norms: list[float] = field(default_factory=list)
     ratios: list[float] = field(default_factory=list)
@@ -164,9 +165,38 @@ def log(x: Any) -> Any:
     return math.log(x) if x > 0 else -math.inf
 
 
+def floats(hyper: Any) -> Any:
+    """Hyper-parameters with those that are tensors read."""
+    return type(hyper)(*map(float, hyper))
+
+
 def scaled(grads: list[Tensor], factor: float) -> list[Tensor]:
     """The gradients times a factor, in new memory; themselves where it is 1."""
     return grads if factor == 1 else list(torch._foreach_mul(grads, factor))
+
+
+def norms(tensors: Sequence[Tensor]) -> list[float]:
+    """The L2 norm of each dense tensor, to 1e-7; it does not overflow where the values are finite.
+
+    Summed in float64, which is slow, and so of large tensors over short rows, whose norms are taken in their own dtype.
+    """
+    parts, lengths = [], []
+    for x in tensors:
+        if x.dtype in (torch.float16, torch.bfloat16):
+            x = x.float()
+        rows, left = 0, x.numel()
+        if left >= _SMALL:
+            rows, left = divmod(left, _ROW)
+            parts.append(torch.linalg.vector_norm(x.as_strided((rows, _ROW), (_ROW, 1)), dim=1))
+        if left:
+            parts.append(x.as_strided((left,), (1,), x.storage_offset() + rows * _ROW))
+        lengths.append(rows + left)
+    if not parts:
+        return [0.0] * len(tensors)
+    squares = torch.cat(parts).to("cpu", torch.float64).square_()
+    sums = torch.segment_reduce(squares, "sum", lengths=torch.tensor(lengths, device="cpu"), unsafe=True)
+    plain: list[float] = sums.sqrt_().tolist()
+    return [y if 1e-12 < y < 1e18 else norm(x) for x, y in zip(tensors, plain, strict=True)]
 
 
 def norm(x: Tensor) -> float:

@@ -13,7 +13,7 @@ from legw_kernels.scalars import MomentumHyper
 
 from .checks import check_flag, check_scalar, unread
 from .optimizer import FusedOptimizer
-from .rule import Group, Rule, Tensors, number, scaled
+from .rule import Group, Rule, Tensors, floats, number, scaled
 from .schedule import LEGW
 
 
@@ -48,18 +48,41 @@ class SGDRule(Rule):
         )
 
     def aten(self, tensors: Tensors, lr: float, count: int, scale: float, group: Group) -> None:
-        torch._fused_sgd_(
-            tensors.params,
-            scaled(tensors.grads, scale),
-            tensors.states[0],
-            weight_decay=float(group["weight_decay"]),
-            momentum=float(group["momentum"]),
-            lr=lr,
-            dampening=float(group["dampening"]),
-            nesterov=bool(group["nesterov"]),
-            maximize=bool(group["maximize"]),
-            is_first_step=count == 0,
-        )
+        h = floats(self.hyper(group))
+        fused_sgd(tensors.params, tensors.grads, tensors.states[0], h, lr, scale, h.weight_decay, count)
+
+
+def fused_sgd(
+    params: list[Tensor], grads: list[Tensor], momenta: list[Tensor],
+    h: MomentumHyper, lr: float, factor: float, decay: float, count: int,
+) -> None:  # fmt: skip
+    """ATen's SGD of the gradients factor * g + decay * w, after `count` earlier updates. decay: instead of h's."""
+    dampening, first = h.dampening, count == 0
+    share = factor if first else factor * (1 - dampening)
+    if factor != 1 and momenta and not h.nesterov and 0 < share < math.inf and params[0].dtype == torch.float32:
+        # As momentum * m + share * (g + decay / factor * w), which saves writing factor * g. ATen is given 1 - share,
+        # which is exact for a float32 not below 2^-29; gradients are first multiplied by a power of two to have that.
+        fraction, exponent = math.frexp(share)
+        if exponent < -28:
+            grads, factor, exponent = scaled(grads, 2.0**exponent), factor / 2.0**exponent, 0
+        dampening, decay = 1 - math.ldexp(round(fraction * 2**24), exponent - 24), decay / factor
+        if first:
+            torch._foreach_zero_(momenta)
+            first = False
+    else:
+        grads = scaled(grads, factor)
+    torch._fused_sgd_(
+        params,
+        grads,
+        momenta,
+        weight_decay=decay,
+        momentum=h.momentum,
+        lr=lr,
+        dampening=dampening,
+        nesterov=bool(h.nesterov),
+        maximize=h.sign < 0,
+        is_first_step=first,
+    )
 
 
 class SGD(FusedOptimizer):
