@@ -48,7 +48,7 @@ class Contender:
 
     def offered(self, model: str, dtype: str, bookkeeping: str, device: torch.device) -> bool:
         """Whether it takes part in a group on this kind of device."""
-        if self.name == "ours-triton":  # the interpreter's time says nothing
+        if self.name.startswith("ours-triton"):  # the interpreter's time says nothing
             compiled = device.type == "cuda" and explain_backend(device)[0] == "triton"
             return compiled and (self.mode == "eager" or bookkeeping == "plain")
         if self.mode == "graph":
@@ -77,12 +77,12 @@ def _compiled(step: Step) -> Step:
     return torch.compile(step)
 
 
-def _ours(family: str, backend: str) -> Make:
-    return partial(ours, getattr(fused_legw, _NAMES[family]), {**OPTIONS[family], "backend": backend})
+def _ours(family: str, backend: str, **options: Any) -> Make:
+    return partial(ours, getattr(fused_legw, _NAMES[family]), {**OPTIONS[family], **options, "backend": backend})
 
 
-def _ours_captured(family: str) -> Make:
-    return lambda params, bookkeeping: captured(_ours(family, "triton")(params, bookkeeping))
+def _ours_captured(family: str, **options: Any) -> Make:
+    return lambda params, bookkeeping: captured(_ours(family, "triton", **options)(params, bookkeeping))
 
 
 def _reference(family: str) -> Make:
@@ -104,6 +104,9 @@ def _rows(family: str) -> list[Contender]:
         rows.append(row("torch-fused", make=_torch(family, fused=True)))
     rows.append(row("torch-foreach", make=_torch(family, **foreach)))
     rows.append(row("ours-triton", make=_ours_captured(family), mode="graph"))
+    if family == "lars":
+        rows.append(row("ours-triton-carry", make=_ours(family, "triton", carry_norms=True)))
+        rows.append(row("ours-triton-carry", make=_ours_captured(family, carry_norms=True), mode="graph"))
     if adam:
         for kind in ("fused", "foreach"):
             options: dict[str, Any] = {kind: True}
