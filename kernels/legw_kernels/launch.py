@@ -27,9 +27,11 @@ DTYPES: dict[torch.dtype, Any] = {
 }
 
 
-def _registers(param_dtype: torch.dtype) -> int:
-    """The register limit: what the largest variant takes without spilling."""
-    return 255 if param_dtype == torch.float64 else 128
+def _registers(param_dtype: torch.dtype, states: int) -> int:
+    """The register limit: what the largest variant takes without spilling. states: of the rule, as far as updated."""
+    if param_dtype == torch.float64:
+        return 255
+    return 168 if states > 2 else 128
 
 
 def _warps(param_dtype: torch.dtype) -> int:
@@ -42,23 +44,23 @@ def compute_dtype(param_dtype: torch.dtype) -> Any:
     return tl.float64 if param_dtype == torch.float64 else tl.float32
 
 
-def options(param_dtype: torch.dtype, *, amd: bool = torch.version.hip is not None) -> dict[str, Any]:
+def options(param_dtype: torch.dtype, states: int = 0, *, amd: bool = torch.version.hip is not None) -> dict[str, Any]:
     """Compiler options.
 
     Fusing a * b + c into one rounding would save nothing in a kernel that waits for memory, and would make its bits
     depend on the target; Triton's default for it differs between versions. Told of a register limit, ptxas does not
     spill in order to stay below some smaller number.
     """
-    limit = {} if amd else {"maxnreg": _registers(param_dtype)}
+    limit = {} if amd else {"maxnreg": _registers(param_dtype, states)}
     return {"num_warps": _warps(param_dtype), "enable_fp_fusion": False, **limit}
 
 
 @functools.cache
-def _most_programs(device: torch.device, param_dtype: torch.dtype) -> int:
+def _most_programs(device: torch.device, param_dtype: torch.dtype, states: int) -> int:
     """As many as are resident at once, so that equal shares end together; a handful in the interpreter."""
     if device.type != "cuda":
         return 4
-    resident = 65536 // (32 * _warps(param_dtype) * _registers(param_dtype))
+    resident = 65536 // (32 * _warps(param_dtype) * _registers(param_dtype, states))
     return resident * torch.cuda.get_device_properties(device).multi_processor_count
 
 
@@ -127,9 +129,9 @@ class Work:
         return dict(PARAM=DTYPES[self.param_dtype], GRAD=DTYPES[self.grad_dtype], COMPUTE=compute, BLOCK=self.tile)
 
 
-def programs(chunks: Tensor, param_dtype: torch.dtype) -> int:
+def programs(chunks: Tensor, param_dtype: torch.dtype, states: int = 0) -> int:
     """How many programs a launch over these chunks gets; one that measures writes as many entries of `totals`."""
-    return max(1, min(chunks.numel(), _most_programs(chunks.device, param_dtype)))
+    return max(1, min(chunks.numel(), _most_programs(chunks.device, param_dtype, states)))
 
 
 def _runs(n_chunks: int, programs: int) -> int:
@@ -168,7 +170,8 @@ def update(work: Work, *, clips: bool, skips: bool, clipped: bool, last: bool, a
     on the device. advances: whether that launch advances `counts`.
     """
     rule, n_chunks = RULES[work.rule], work.chunks.numel()
-    grid = programs(work.chunks, work.param_dtype)
+    states = sum(state is not None for state in work.states)
+    grid = programs(work.chunks, work.param_dtype, states)
     launch(
         update_kernel, work.chunks.device, grid,
         work.segments, work.addresses, work.chunks, work.groups, work.milestones, work.counts, work.steps, work.shown,
@@ -177,7 +180,7 @@ def update(work: Work, *, clips: bool, skips: bool, clipped: bool, last: bool, a
         n_chunks, _runs(n_chunks, grid), work.steps.numel(), work.n_totals,
         PREPARE=rule.prepare, ADVANCE=rule.advance, DIRECTION=rule.direction, MEASURE=rule.measure,
         ADVANCED=rule.two_stage, CLIPPED=clipped, GLOBAL=clips or skips, SKIP=skips, LAST=last, ADVANCES=advances,
-        **work.dtypes, **options(work.param_dtype),
+        **work.dtypes, **options(work.param_dtype, states),
     )  # fmt: skip
 
 
@@ -187,7 +190,7 @@ def tensor_norms(
     """float64, one per tensor: the norms of one kind, a row of `partials`."""
     n = segments.numel() // tables.SEGMENT_WIDTH.value
     norms = torch.empty(n, dtype=torch.float64, device=segments.device)
-    grid = max(1, min(n, _most_programs(segments.device, torch.float32)))
+    grid = max(1, min(n, _most_programs(segments.device, torch.float32, 0)))
     launch(
         reduce_kernel, segments.device, grid, segments, partials, turn, norms, partials.shape[1], n,
         KIND=kind, COMPUTE=compute_dtype(param_dtype), BLOCK=tile, **options(torch.float32),
