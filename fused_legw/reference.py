@@ -18,7 +18,9 @@ from torch import Tensor
 from . import variants
 from .schedule import LEGW
 
-LAYOUT = frozenset({"foreach", "fused", "differentiable", "capturable", "backend", "flatten", "master_weights", "tile"})
+LAYOUT = frozenset(
+    {"foreach", "fused", "differentiable", "capturable", "backend", "flatten", "master_weights", "carry_norms", "tile"}
+)
 
 Group = dict[str, Any]
 
