@@ -154,7 +154,8 @@ class AtenBackend:
         if control.clips:
             clips = [scalars.clip_factor(self._norm, *self._rule.clip(group)) for group in groups]
         # Where nothing is made of the tensors on the way, one call is best.
-        whole = not (self._rule.adapts or control.clips or control.grad_scale is not None)
+        sums = any(map(self._rule.measures_clipped, groups))
+        whole = not (sums or control.clips or control.grad_scale is not None)
         for index, (bucket, some) in enumerate(zip(self.buckets, self._gradients, strict=True)):
             most = math.inf if whole and bucket.dtype == compute_dtype(bucket.dtype) else _BATCH
             counts = bucket.exact_steps()
