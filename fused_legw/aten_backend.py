@@ -149,6 +149,8 @@ class AtenBackend:
 
     def _update_all(self, groups: Sequence[Group], control: Control) -> None:
         t, inverse = int(self.counts[0]), control.inverse_scale
+        if self._rule.adapts:
+            self._norms["weight"] = [0.0] * self._first_columns[-1]
         lrs = [group_lr(group, t) for group in groups]
         clips = [1.0] * len(groups)
         if control.clips:

@@ -275,7 +275,10 @@ class FusedOptimizer(torch.optim.Optimizer):
         return self._norms("gradient", "gradient norms")
 
     def param_norms(self) -> dict[Tensor, Tensor]:
-        """Each parameter's norm before the last applied step, of LARS and LAMB; otherwise as `grad_norms`."""
+        """Each parameter's norm before the last applied step, of LARS and LAMB; otherwise as `grad_norms`.
+
+        With carry_norms=True also of those without a gradient, as far as known.
+        """
         if not self._rule.adapts:
             raise RuntimeError(f"{type(self).__name__} takes no norms of its parameters: LARS and LAMB do")
         return self._norms("weight", "parameter norms")
