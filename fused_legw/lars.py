@@ -122,9 +122,10 @@ class LARS(FusedOptimizer):
             denominator is not. "plain": ratio 1, no clip and no decay.
         adapt: False for ratio 1 in a group; its weight decay stays.
         carry_norms: let the update leave the norms of the weights to the next step, which then reads only the gradients
-            to measure: 24 bytes per float32 parameter instead of 28. A change of weights from outside must be known:
-            what bumps version counters, moves a parameter or loads a checkpoint is seen; after `p.data.mul_()`, or any
-            change between replays of a captured graph, call `weights_changed()`. No effect on ATen.
+            to measure: 24 bytes per float32 parameter instead of 28. A change of weights from outside must be known: at
+            a step what bumps version counters, moves a parameter or loads a checkpoint is seen. After `p.data.mul_()`
+            or a collective such as `dist.broadcast(p, 0)`, and after any change before a replay of a captured graph,
+            call `weights_changed()`. No effect on ATen.
         max_grad_norm, skip_nonfinite, backend, flatten, master_weights, tile: as in every `FusedOptimizer`.
 
     Raises:

@@ -72,8 +72,6 @@ class Layout:
     ) -> None:
         """rule, groups, state: the optimizer's. previous: the layout this one replaces."""
         self._rule, self._groups, self._state = rule, groups, state
-        self._carries = carry_norms
-        self._versions = list[int]()  # of the parameters after the last step, where norms are carried over from it
         self._held = list[object]()  # what `state` held when it was last looked at
         self._used = list[tuple[str, ...]]()  # the state that each group used in the last step
         self._built_for = [(group["schedule"], list(group["params"])) for group in groups]
@@ -98,6 +96,8 @@ class Layout:
             own = [bucket for bucket in self.buckets if bucket.device == device]
             self.devices.append(BACKENDS[name](rule, own, groups, steps_applied, carry_norms=carry_norms))
             self.devices[-1].counts[1] = skipped.get(device, 0)
+        self._carries = carry_norms and not self.counts_on_host
+        self._versions = list[int]()  # of the parameters after the last step, where norms are carried over from it
         made = [bucket.weights for bucket in self.buckets if bucket.weights is not None]
         in_use = {p.untyped_storage().data_ptr() for _, p, _ in named_params(groups)}
         made += previous._weights if previous else []
@@ -177,6 +177,8 @@ class Layout:
     def see_versions(self) -> None:
         """If parameters have changed since the last step, their norms that it left are of no use."""
         if self._carries and self._versions != self._versions_now():
+            # A graph would forget the norms at every replay, and an eager step before the first would not.
+            self.refuse_under_capture("weights changed since the last step")
             for device in self.devices:
                 device.weights_changed()
 

@@ -316,6 +316,8 @@ class FusedOptimizer(torch.optim.Optimizer):
         if self._layout.stale(self.param_groups, self.state):
             raise RuntimeError("a parameter, its state or a schedule was replaced: make a step, then capture it again")
         self._layout.check_replays(self.param_groups)
+        self._layout.see_versions()
+        self._layout.note_versions()
         for device in self._layout.devices:
             device.write_groups(self.param_groups)
 

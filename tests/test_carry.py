@@ -133,3 +133,41 @@ def test_only_lars_on_triton_carries_norms(device):
             optimizer.step()
             optimizer.weights_changed()
     same([p], [q])
+
+
+def test_changed_weights_are_not_captured(triton_device, monkeypatch):
+    """A graph that forgets norms would do so at every replay."""
+    monkeypatch.setattr(table.Table, "prepares_captures", True)
+    ((carried, a), _) = _pair(triton_device)
+    give_gradients(0, a, skip=False)
+    carried.step()
+    _in_place(a[1], carried)
+    with pytest.raises(RuntimeError, match="weights changed since the last step: run"), _capturing(monkeypatch):
+        carried.step()
+
+
+def test_uploads_see_changes_before_a_replay(triton_device, monkeypatch):
+    monkeypatch.setattr(table.Table, "prepares_captures", True)
+    (carried, a), (plain, b) = _pair(triton_device)
+    give_gradients(0, a, b, skip=False)
+    for optimizer in (carried, plain):
+        optimizer.step()
+    with _capturing(monkeypatch) as graph:
+        carried.step()
+    for p in (a[1], b[1]):
+        _in_place(p, None)
+    carried.upload_param_groups()
+    graph.replay()
+    plain.step()
+    _agree(a, b)
+
+
+def test_norms_of_an_empty_last_tensor(triton_device):
+    (p, q) = params = make_params(torch.float32, triton_device, [(20,), (0,)])
+    optimizer = LARS(params, 0.1, tile=16, backend="triton", carry_norms=True)
+    for _ in range(2):
+        give_gradients(0, params, skip=False)
+        before = p.detach().norm().item()
+        optimizer.step()
+        assert optimizer.param_norms()[p].item() == pytest.approx(before, rel=1e-6)
+        assert optimizer.param_norms()[q].item() == 0

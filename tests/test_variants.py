@@ -413,3 +413,14 @@ def test_an_unknown_axis(cls, option):
     with pytest.raises(ValueError, match=re.escape(repr(value))) as caught:
         cls([torch.zeros(3, requires_grad=True)], lr=0.1, backend="aten", **option)
     assert name in str(caught.value)
+
+
+@pytest.mark.parametrize("n", [16, 20])
+def test_an_epsilon_of_zero_does_not_measure_padding(backend, device, n):
+    """Past the end of a tensor moments are 0, and 0 / 0 would be its update's norm."""
+    p = torch.full((n,), 3.0, device=device, requires_grad=True)
+    p.grad = torch.full((n,), 0.5, device=device)
+    optimizer = LAMB([p], lr=0.1, eps=0.0, weight_decay=0.0, tile=16, backend=backend)
+    optimizer.step()
+    assert optimizer.trust_ratios()[p].item() == pytest.approx(3)
+    torch.testing.assert_close(p.detach(), torch.full_like(p, 2.7))

@@ -55,7 +55,8 @@ def measure_tile(
                 store_state(state_a, at, used & 1, a)
                 store_state(state_b, at, used & 2, b)
                 store_state(state_c, at, used & 4, c)
-            x_norm = tile_norm(MEASURE(w, g, a, b, c, h))
+            # Past the tensor's end 0 / 0 is possible, of moments and an epsilon of 0.
+            x_norm = tile_norm(tl.where(tl.arange(0, BLOCK) < n, MEASURE(w, g, a, b, c, h), 0.0))
         else:
             a = load_state(state_a, at, (used & 1) * h.reads_state.to(tl.int32), g)
             x_norm = tile_norm(MEASURE(w, g, a, g, g, h))
@@ -152,6 +153,7 @@ def reduce_kernel(
         row = segments + segment * SEGMENT_WIDTH
         norm = tensor_norm(partials, n_chunks, row, kind, COMPUTE, BLOCK)
         if turn is not None:
-            if tl.load(partials + kind * n_chunks + tl.load(row + FIRST_CHUNK)) < 0:
+            first = partials + kind * n_chunks + tl.load(row + FIRST_CHUNK)
+            if tl.load(first, mask=tl.load(row + NUMEL) > 0, other=0.0) < 0:  # UNKNOWN
                 norm = tl.full([], 0.0, tl.float64)
         tl.store(norms + segment, norm)

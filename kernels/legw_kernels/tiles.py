@@ -32,7 +32,7 @@ def store_tile(address, start, n, wide, tile, dtype: tl.constexpr, BLOCK: tl.con
 
 
 # State and masters are ours, tile-aligned and padded, so they need no mask: past a tensor's end, p and g load as 0, and
-# every rule maps zeros to zeros, so the padding stays zero.
+# every rule maps zeros to zeros, so the padding stays zero (but for 0 / 0 with an epsilon of 0, which `measure` masks).
 
 
 @triton.jit
