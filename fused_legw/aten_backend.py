@@ -136,8 +136,8 @@ class AtenBackend:
     def take_norms(self, others: Sequence[Tensor]) -> None:
         self._norm = math.hypot(self._norm, *map(float, others))
 
-    def update(self, groups: Sequence[Group], control: Control, *, advance: bool) -> None:
-        """The update. advance: whether this step counts as applied."""
+    def update(self, groups: Sequence[Group], control: Control, *, clipped: bool, advance: bool) -> None:
+        """The update. clipped: of no matter here, see the other backend. advance: whether this step counts."""
         apply = control.found_inf is None or float(control.found_inf) == 0
         if control.global_norm:
             self.nonfinite.fill_(float(not math.isfinite(self._norm)))

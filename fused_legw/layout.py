@@ -42,7 +42,7 @@ def check_params(rule: Rule, groups: list[Group], state: State, backend: str | N
     checks.check_overlaps([(name, p) for name, p, _ in named])
 
 
-def _state_changed(segment: flat.Segment, state: State, names: tuple[str, ...]) -> bool:
+def _entries_changed(segment: flat.Segment, state: State, names: tuple[str, ...]) -> bool:
     """Whether someone else replaced, added or removed entries of the optimizer's state. names: those of its rule."""
     own = state.get(segment.param, {})
     for name, view in segment.state.items():  # a generator would cost each step more
@@ -139,7 +139,7 @@ class Layout:
             segment.param: count
             for bucket in self.buckets
             for segment, count in zip(bucket.segments, bucket.exact_steps(), strict=True)
-            if not _state_changed(segment, state, self._rule.states)
+            if not _entries_changed(segment, state, self._rule.states)
         }
 
     def fresh(self, *, asked: bool = True) -> set[Tensor]:
@@ -169,7 +169,7 @@ class Layout:
         held = [*state, *chain.from_iterable(map(dict.values, state.values()))]
         if len(held) == len(self._held) and all(map(operator.is_, held, self._held)):
             return False
-        if any(_state_changed(s, state, self._rule.states) for bucket in self.buckets for s in bucket.segments):
+        if any(_entries_changed(s, state, self._rule.states) for bucket in self.buckets for s in bucket.segments):
             return True
         self._held = held
         return False
@@ -252,7 +252,7 @@ class Layout:
         if self._rule.adapts:
             self._measure(control, updates=True, gradients=not apart, clips=apart)
         for device in self.devices:
-            device.update(groups, control, advance=advance)
+            device.update(groups, control, clipped=apart, advance=advance)
 
     def _needs(self, groups: list[Group]) -> set[object]:
         """What the groups' options need beyond values in the group table: kernels and states."""

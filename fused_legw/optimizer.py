@@ -210,8 +210,7 @@ class FusedOptimizer(torch.optim.Optimizer):
                 checks.check_gradient(name, p)
             layout = self._current_layout(thorough=True)
             raw = layout.raw_gradients()
-        if any(g is not None for gradients in raw for g in gradients):
-            self._update(layout, layout.gradients(raw, frozen, usual=usual), frozen)
+        self._update(layout, layout.gradients(raw, frozen, usual=usual), frozen)
         return loss
 
     def _current_layout(self, *, thorough: bool = False) -> Layout:

@@ -86,10 +86,6 @@ class Rule:
         """Whether tensors of one dimension or none are neither adapted nor decayed."""
         return False
 
-    def exempt(self, group: Group, p: Tensor) -> bool:
-        """Whether the parameter is neither adapted nor decayed."""
-        return p.ndim <= 1 and self.exempts_vectors(group)
-
     def measures_clipped(self, group: Group) -> bool:
         """Whether the trust ratio needs gradients that are already clipped, and so the global norm before it."""
         return self.two_stage

@@ -87,7 +87,6 @@ class TritonBackend:
         self._n_totals = self._others = 0
         self.nonfinite = torch.zeros(1, dtype=torch.float32, device=device)
         self._works: list[Work] = []
-        self._clipped = False  # whether what was measured last was
 
     def begin(self, groups: Sequence[Group], gradients: Sequence[Gradients], control: Control, others: int) -> None:
         """Write the tables of one step. gradients: one list per bucket. others: how many other devices take part."""
@@ -151,12 +150,11 @@ class TritonBackend:
         """Norms by tensor; see `launch.measure`."""
         from legw_kernels import launch
 
-        self._clipped = clips
         for work in self._works:
             launch.measure(work, updates=updates, gradients=gradients, clips=clips, skips=clips and control.skips)
 
-    def update(self, groups: Sequence[Group], control: Control, *, advance: bool) -> None:
-        """The update. advance: whether this step counts as applied."""
+    def update(self, groups: Sequence[Group], control: Control, *, clipped: bool, advance: bool) -> None:
+        """The update. clipped: whether what was measured for ratios was. advance: whether this step counts."""
         from legw_kernels import launch
 
         for work in self._works:
@@ -164,7 +162,7 @@ class TritonBackend:
                 work,
                 clips=control.clips,
                 skips=control.skips,
-                clipped=self._clipped,
+                clipped=clipped,
                 last=work is self._works[-1],
                 advances=advance,
             )
@@ -184,19 +182,18 @@ class TritonBackend:
 
     def norms(self, kind: str) -> list[Tensor] | None:
         """One kind of norm of each tensor, bucket by bucket; None before any were taken."""
-        from legw_kernels import launch
+        from legw_kernels import launch, tables
 
         if not self._norms:
             return None
+        rows = {"gradient": tables.GRADIENT_NORM.value, "weight": tables.WEIGHT_NORM.value}
         found = list[Tensor]()
         for bucket, segments, norms in zip(self.buckets, self._segments, self._norms, strict=True):
             if kind == "ratio":
                 found += norms.ratios.clone().unbind()
             else:
-                row = {"gradient": 0, "weight": 2}[kind]
-                found += launch.tensor_norms(
-                    segments, norms.partials, self._turn, row, bucket.dtype, bucket.tile
-                ).unbind()
+                args = norms.partials, self._turn, rows[kind], bucket.dtype, bucket.tile
+                found += launch.tensor_norms(segments, *args).unbind()
         return found
 
     def weights_changed(self) -> None:

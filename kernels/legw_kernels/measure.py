@@ -8,11 +8,13 @@ from .tables import (
     CHUNK_TILES,
     FIRST_CHUNK,
     FIRST_TILE,
+    GRADIENT_NORM,
     NUMEL,
     SEGMENT_WIDTH,
     UPDATE_NORM,
     WEIGHT_NORM,
     begin,
+    chunk_count,
     prepare,
     tensor_norm,
     weight_row,
@@ -63,6 +65,61 @@ def measure_tile(
     return g_norm, w_norm, x_norm
 
 
+@triton.jit
+def measure_chunks(
+    segment, row, where, first, stop, apply, inverse, norm, groups, milestones, counts, steps, shown,
+    state_a, state_b, state_c, master, partials, turn, n_chunks, n_segments, small, middle, large,
+    PREPARE: tl.constexpr, ADVANCE: tl.constexpr, MEASURE: tl.constexpr, STORE: tl.constexpr,
+    GRADIENTS: tl.constexpr, GLOBAL: tl.constexpr,
+    PARAM: tl.constexpr, GRAD: tl.constexpr, COMPUTE: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Norms of the chunks of one tensor from first to stop - 1; the sums of squares with their gradients' added."""
+    h, used = prepare(
+        segment, row, inverse, norm, counts, groups, milestones, steps, shown, partials, turn, n_chunks,
+        PREPARE, GLOBAL, False, MEASURE, GLOBAL, COMPUTE, BLOCK,
+    )  # fmt: skip
+    size = tl.load(row + CHUNK_TILES)
+    tiles = (tl.load(row + NUMEL) + BLOCK - 1) // BLOCK
+    begins = (first - tl.load(row + FIRST_CHUNK)) * size
+    for k in range(stop - first):
+        partial = partials + first + k
+        weight_partial = partial + weight_row(turn, 0) * n_chunks
+        measures_weight = tl.full([], True, tl.int1)
+        if turn is not None:
+            measures_weight = not (tl.load(weight_partial) >= 0)  # UNKNOWN, or NaN
+        g_total = tl.full([], 0.0, tl.float64)
+        w_total = g_total
+        x_total = g_total
+        for i in range(tl.minimum(size, tiles - begins)):
+            g_norm, w_norm, x_norm = measure_tile(
+                begins + i, row, where, n_segments, h, used, apply, measures_weight, state_a, state_b, state_c, master,
+                ADVANCE, MEASURE, STORE, GRADIENTS, PARAM, GRAD, COMPUTE, BLOCK,
+            )  # fmt: skip
+            g_total = add_tile(g_total, g_norm, COMPUTE)
+            w_total = add_tile(w_total, w_norm, COMPUTE)
+            x_total = add_tile(x_total, x_norm, COMPUTE)
+        if GRADIENTS:
+            g_total = chunk_norm(g_total, COMPUTE) * inverse.to(tl.float64)
+            tl.store(partial, g_total)
+            small, middle, large = add_square(small, middle, large, g_total, tl.float64 == COMPUTE)
+        if MEASURE is not None:
+            tl.store(partial + UPDATE_NORM * n_chunks, chunk_norm(x_total, COMPUTE))
+            if measures_weight:
+                tl.store(weight_partial, chunk_norm(w_total, COMPUTE))
+        begins += size
+    return small, middle, large
+
+
+@triton.jit
+def clear_chunks(first, stop, partials, turn, n_chunks):
+    """Norms of 0, of a tensor without a gradient; a weight's that is carried stays."""
+    for chunk in range(first, stop):
+        tl.store(partials + GRADIENT_NORM * n_chunks + chunk, 0.0)
+        tl.store(partials + UPDATE_NORM * n_chunks + chunk, 0.0)
+        if turn is None:
+            tl.store(partials + WEIGHT_NORM * n_chunks + chunk, 0.0)
+
+
 @triton.jit(do_not_specialize=["n_chunks", "n_runs", "n_segments", "n_totals", "first_total"])
 def measure_kernel(
     segments, addresses, chunks, groups, milestones, counts, steps, shown, state_a, state_b, state_c, master, partials,
@@ -73,61 +130,27 @@ def measure_kernel(
 ):  # fmt: skip
     """Norms of all chunks. MEASURE: None for gradients only. GRADIENTS: whether theirs are not known yet."""
     apply, _, inverse, norm = begin(totals, n_totals, grad_scale, found_inf, GLOBAL, SKIP, COMPUTE)
-    none = tl.full([], 0.0, tl.float64)
-    small = none  # the squares of all that this program measures
-    middle = none
-    large = none
+    small = tl.full([], 0.0, tl.float64)  # the squares of all that this program measures
+    middle = small
+    large = small
     for run in range(tl.program_id(0), n_runs, tl.num_programs(0)):
-        chunk = tl.cast(run, tl.int64) * n_chunks // n_runs
-        stop = (tl.cast(run, tl.int64) + 1) * n_chunks // n_runs
-        while chunk < stop:
-            segment = tl.load(chunks + chunk).to(tl.int64)
+        first = tl.cast(run, tl.int64) * n_chunks // n_runs
+        high = (tl.cast(run, tl.int64) + 1) * n_chunks // n_runs
+        while first < high:
+            segment = tl.load(chunks + first).to(tl.int64)
             row = segments + segment * SEGMENT_WIDTH
             where = addresses + segment
+            stop = tl.minimum(high, tl.load(row + FIRST_CHUNK) + chunk_count(row, BLOCK))
             gradient = tl.load(where + n_segments)
-            size = tl.load(row + CHUNK_TILES)
-            start = (chunk - tl.load(row + FIRST_CHUNK)) * size  # in tiles of this tensor
-            n_tiles = (tl.load(row + NUMEL) + BLOCK - 1) // BLOCK
-            last = tl.minimum(stop, chunk + (n_tiles - start + size - 1) // size)
             if gradient > 0:
-                h, used = prepare(
-                    segment, row, inverse, norm, counts, groups, milestones, steps, shown, partials, turn, n_chunks,
-                    PREPARE, GLOBAL, False, MEASURE, GLOBAL, COMPUTE, BLOCK,
+                small, middle, large = measure_chunks(
+                    segment, row, where, first, stop, apply, inverse, norm, groups, milestones, counts, steps, shown,
+                    state_a, state_b, state_c, master, partials, turn, n_chunks, n_segments, small, middle, large,
+                    PREPARE, ADVANCE, MEASURE, STORE, GRADIENTS, GLOBAL, PARAM, GRAD, COMPUTE, BLOCK,
                 )  # fmt: skip
-                for k in range(last - chunk):
-                    partial = partials + chunk + k
-                    weight_partial = partial + weight_row(turn, 0) * n_chunks
-                    measures_weight = tl.full([], True, tl.int1)
-                    if turn is not None:
-                        measures_weight = not (tl.load(weight_partial) >= 0)  # UNKNOWN, or NaN
-                    g_total = none
-                    w_total = none
-                    x_total = none
-                    for i in range(tl.minimum(size, n_tiles - start)):
-                        g_norm, w_norm, x_norm = measure_tile(
-                            start + i, row, where, n_segments, h, used, apply, measures_weight,
-                            state_a, state_b, state_c, master,
-                            ADVANCE, MEASURE, STORE, GRADIENTS, PARAM, GRAD, COMPUTE, BLOCK,
-                        )  # fmt: skip
-                        g_total = add_tile(g_total, g_norm, COMPUTE)
-                        w_total = add_tile(w_total, w_norm, COMPUTE)
-                        x_total = add_tile(x_total, x_norm, COMPUTE)
-                    if GRADIENTS:
-                        g_total = chunk_norm(g_total, COMPUTE) * inverse.to(tl.float64)
-                        tl.store(partial, g_total)
-                        small, middle, large = add_square(small, middle, large, g_total, tl.float64 == COMPUTE)
-                    if MEASURE is not None:
-                        tl.store(partial + UPDATE_NORM * n_chunks, chunk_norm(x_total, COMPUTE))
-                        if measures_weight:
-                            tl.store(weight_partial, chunk_norm(w_total, COMPUTE))
-                    start += size
             if gradient == 0:
-                for k in range(last - chunk):
-                    tl.store(partials + chunk + k, none)
-                    tl.store(partials + UPDATE_NORM * n_chunks + chunk + k, none)
-                    if turn is None:
-                        tl.store(partials + WEIGHT_NORM * n_chunks + chunk + k, none)
-            chunk = last
+                clear_chunks(first, stop, partials, turn, n_chunks)
+            first = stop
     if GRADIENTS:
         tl.store(totals + first_total + tl.program_id(0), root(small, middle, large, tl.float64 == COMPUTE))
 

@@ -145,11 +145,17 @@ def weight_row(turn, next: tl.constexpr):
 
 
 @triton.jit
+def chunk_count(row, TILE: tl.constexpr):
+    """How many chunks a tensor has."""
+    size = tl.load(row + CHUNK_TILES) * TILE
+    return (tl.load(row + NUMEL) + size - 1) // size
+
+
+@triton.jit
 def tensor_norm(partials, n_chunks, row, kind, COMPUTE: tl.constexpr, TILE: tl.constexpr):
     """The norm of one tensor, from those of its chunks."""
-    tiles = tl.load(row + CHUNK_TILES) * TILE
-    n = (tl.load(row + NUMEL) + tiles - 1) // tiles
-    return norm_of(partials + kind * n_chunks + tl.load(row + FIRST_CHUNK), n, NORMS_BLOCK, tl.float64 == COMPUTE)
+    first = partials + kind * n_chunks + tl.load(row + FIRST_CHUNK)
+    return norm_of(first, chunk_count(row, TILE), NORMS_BLOCK, tl.float64 == COMPUTE)
 
 
 @triton.jit
