@@ -1,0 +1,1 @@
+"""The paper's applications, and what came of running them."""
