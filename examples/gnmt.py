@@ -57,9 +57,7 @@ class Decoder(nn.Module):
         super().__init__()
         self.embedding = nn.Embedding(vocabulary, hidden, padding_idx=PAD)
         self.attention = Attention(hidden)
-        self.layers = nn.ModuleList(
-            nn.LSTM(hidden * (2 if i else 1), hidden, batch_first=True) for i in range(layers)
-        )
+        self.layers = nn.ModuleList(nn.LSTM(hidden * (2 if i else 1), hidden, batch_first=True) for i in range(layers))
         self.dropout = nn.Dropout(dropout)
         self.output = nn.Linear(2 * hidden, vocabulary)
 
@@ -152,7 +150,9 @@ class GNMT(Application):
         return " ".join(self.names[n] for n in numbers if n not in (PAD, START, END))
 
     def add_arguments(self, parser):
-        parser.add_argument("--source", type=Path, metavar="FILE", help="sentences, one a line, instead of number names")
+        parser.add_argument(
+            "--source", type=Path, metavar="FILE", help="sentences, one a line, instead of number names"
+        )
         parser.add_argument("--target", type=Path, metavar="FILE", help="their translations, line by line")
 
     def load(self, args):
@@ -171,7 +171,8 @@ class GNMT(Application):
         self.source, self.target_words = (_vocabulary(side) for side in zip(*pairs[:first], strict=True))
         self.names = {number: word for word, number in self.target_words.items()}
         encoded = [
-            _encode([pair[side] for pair in pairs], words) for side, words in enumerate((self.source, self.target_words))
+            _encode([pair[side] for pair in pairs], words)
+            for side, words in enumerate((self.source, self.target_words))
         ]
         sources, targets = encoded
         self.train = sources[:first], targets[:first]
@@ -188,7 +189,9 @@ def _number_names():
 
     numbers = random.Random(0).sample(range(LARGEST), PAIRS + VALIDATION + TEST)
     return [
-        tuple(num2words(number, lang=language).replace("-", " - ").replace(",", "").split() for language in ("en", "fr"))
+        tuple(
+            num2words(number, lang=language).replace("-", " - ").replace(",", "").split() for language in ("en", "fr")
+        )
         for number in numbers
     ]
 

@@ -1,4 +1,4 @@
-"""PTB-small: a two-layer LSTM language model with the tutorial's exponential decay. `python -m examples.ptb_small --help`"""
+"""PTB-small: a two-layer LSTM language model, the tutorial's decay. `python -m examples.ptb_small --help`"""
 
 from fused_legw import LEGW, SGD, Exponential
 

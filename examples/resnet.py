@@ -86,7 +86,7 @@ class ResNet(Application):
         )
 
     def _folders(self, root):
-        """ImageNet's layout, train/CLASS/*.JPEG and val/CLASS/*.JPEG; the published recipe of 1024 images, 90 epochs."""
+        """ImageNet's layout, train/CLASS/*.JPEG and val/CLASS/*.JPEG; the published recipe at batch 1024."""
         need("torchvision")
         from torchvision import transforms
         from torchvision.datasets import ImageFolder

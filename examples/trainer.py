@@ -116,7 +116,7 @@ def _moved(value, device):
 class Settings:
     """How to run, which does not change what is learned but for rounding."""
 
-    device: torch.device = torch.device("cpu")
+    device: torch.device
     amp: torch.dtype | None = None
     cuda_graph: bool = False
     optimizer: str | None = None  # instead of the application's
@@ -136,7 +136,7 @@ class Progress:
         return bool(self.losses) and not math.isfinite(self.losses[-1])
 
 
-def train(app, schedule, seed, settings=Settings(), *, split="test", checkpoint=None, told=lambda updates, loss: None):
+def train(app, schedule, seed, settings, *, split="test", checkpoint=None, told=lambda updates, loss: None):
     """Train from scratch, or on from a checkpoint file; returns (model, Progress).
 
     The seed sets the weights, the order of samples and dropout. A run ends early once its loss is not finite. told:
@@ -356,7 +356,9 @@ def _parser(app):
     base = app.recipe.batch_size
     batches = " ".join(str(base * k) for k in app.multiples)
     add("--data", metavar="PATH", help="the paper's data, with the paper's settings (default: data from a package)")
-    add("--batch-size", type=int, nargs="+", metavar="B", help=f"(default: {batches}; with --data the recipe's times k)")
+    add(
+        "--batch-size", type=int, nargs="+", metavar="B", help=f"(default: {batches}; with --data the recipe's times k)"
+    )
     add("--seeds", type=int, default=1, metavar="N", help="seeds 0 to N-1 (default: 1; recorded: 3)")
     add("--arms", nargs="+", choices=list(ARMS), default=list(ARMS), help="scaling rules of the larger batches")
     add("--lr", type=float, help="peak LR at the recipe's batch, instead of the recipe's")
@@ -427,6 +429,6 @@ def main(app, arguments=None):
     report.plot(app, rows, args.output / f"{app.name}.png")
     print(f"written to {args.output}")
     if args.quick:
-        reached = [row["quality"] for row in rows if row["arm"] == "baseline"][0]
+        reached = next(row["quality"] for row in rows if row["arm"] == "baseline")
         if not report.reaches(app, reached, app.target):
             raise SystemExit(f"{app.title}: {app.metric} {reached} misses the target of {app.target}")

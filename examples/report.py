@@ -1,0 +1,330 @@
+"""What the recorded runs say: `python -m examples.report` writes RESULTS.md and the plots from the JSON lines."""
+
+import argparse
+import json
+import math
+from pathlib import Path
+from statistics import fmean, stdev
+
+from fused_legw.demo_results import table as markdown
+
+HERE = Path(__file__).parent
+TITLES = {"legw": "LEGW", "linear": "linear scaling, LEGW's warm-up", "sqrt": "sqrt scaling, no warm-up"}
+COLORS = {"legw": "tab:blue", "linear": "tab:red", "sqrt": "tab:green"}
+PAPER_SPEEDUP = 5.3  # You et al. 2019: average over the four LSTM applications
+LSTMS = "mnist_lstm", "ptb_small", "ptb_large", "gnmt"
+
+
+def applications():
+    from . import gnmt, mnist_lstm, ptb_large, ptb_small, resnet
+
+    return [mnist_lstm.MnistLSTM(), ptb_small.PTBSmall(), ptb_large.PTBLarge(), gnmt.GNMT(), resnet.ResNet()]
+
+
+def reaches(app, quality, target):
+    return quality is not None and (quality >= target if app.higher else quality <= target)
+
+
+class Group:
+    """The runs of one arm at one batch, a row per seed."""
+
+    def __init__(self, rows):
+        self.rows = sorted(rows, key=lambda row: row["seed"])
+        self.arm, self.batch, self.updates = rows[0]["arm"], rows[0]["batch_size"], rows[0]["updates"]
+        self.schedule = rows[0]["schedule"]
+        self.scale = self.batch / self.schedule["base_batch_size"]
+        # A run that diverged has no quality; a perplexity without bounds says nothing more than that it is one.
+        self.qualities = [row["quality"] for row in self.rows if row["quality"] is not None and not row["diverged"]]
+        self.diverged = len(self.rows) - len(self.qualities)
+        self.seconds = [row["cpu_seconds"][-1] for row in self.rows]
+
+    @property
+    def mean(self):
+        return fmean(self.qualities)
+
+    def holds(self, app, target):
+        """Whether no run diverged and the mean is within the tolerance."""
+        return not self.diverged and reaches(app, self.mean, target)
+
+    def to_target(self, app, target):
+        """Seconds of training of each run that reached the target, up to the first epoch that did."""
+        firsts = [
+            next(
+                (s for q, s in zip(row["qualities"], row["cpu_seconds"], strict=True) if reaches(app, q, target)), None
+            )
+            for row in self.rows
+        ]
+        return [seconds for seconds in firsts if seconds is not None]
+
+
+class Record:
+    """All runs of one application; target: what the baseline reaches on average, less the tolerance."""
+
+    def __init__(self, app, rows):
+        self.app, self.rows = app, rows
+        grouped = {}
+        for row in rows:
+            grouped.setdefault((row["arm"], row["batch_size"]), []).append(row)
+        self.groups = [Group(rows) for rows in grouped.values()]
+        self.groups.sort(key=lambda g: (g.batch, ["baseline", *TITLES].index(g.arm)))
+        self.baseline = next((group for group in self.groups if group.arm == "baseline"), None)
+        self.target = None
+        if self.baseline and self.baseline.qualities:
+            mean = self.baseline.mean
+            self.target = mean - app.tolerance if app.higher else mean * (1 + app.tolerance)
+
+    def arm(self, name):
+        """The arm's groups by batch, from the baseline on."""
+        return [group for group in self.groups if group.arm in ("baseline", name)]
+
+    def limit(self, name):
+        """The largest batch up to which every batch of the arm holds."""
+        held = self.baseline
+        for group in self.arm(name):
+            if not group.holds(self.app, self.target):
+                break
+            held = group
+        return held
+
+    def faster(self, group):
+        return fmean(self.baseline.seconds) / fmean(group.seconds)
+
+    def sooner(self, group):
+        """How much sooner than the baseline the target is reached; None unless every run of both reaches it."""
+        ours, base = (g.to_target(self.app, self.target) for g in (group, self.baseline))
+        complete = len(ours) == len(group.rows) and len(base) == len(self.baseline.rows)
+        return fmean(base) / fmean(ours) if complete else None
+
+
+def _spread(values, digits=2):
+    if not values:
+        return ""
+    return f"{fmean(values):.{digits}f}" + (f" ± {stdev(values):.{digits}f}" if len(values) > 1 else "")
+
+
+def _times(value):
+    return "" if value is None else f"{value:.2f}×"
+
+
+def table(app, rows):
+    """A Markdown table, a line per arm and batch: means ± standard deviations of the seeds."""
+    record = Record(app, rows)
+    header = (
+        *("scaling", "batch", "peak LR", "warm-up epochs", "updates", f"{app.metric}, {app.unit}".strip(", ")),
+        *("vs baseline", "lowest to highest", "run, s", "faster", "to target, s", "reached", "sooner"),
+    )
+    return markdown(header, [_line(record, group) for group in record.groups])
+
+
+def _line(record, group):
+    app, base = record.app, record.baseline
+    s = group.schedule
+    scaling = {"sqrt": math.sqrt, "linear": float, "none": lambda k: 1.0}[s["scaling"]]
+    what = (
+        *(group.arm, f"{group.batch} (×{group.scale:g})", f"{s['base_lr'] * scaling(group.scale):.4g}"),
+        *(f"{s['base_warmup_epochs'] * group.scale:.4g}", f"{group.updates}"),
+    )
+    quality = _spread(group.qualities) + (f" ({group.diverged} diverged)" if group.diverged else "")
+    against = span = faster = sooner = seconds = reached = ""
+    if base:
+        by_seed = {row["seed"]: row["quality"] for row in base.rows}
+        pairs = [(row["quality"], by_seed.get(row["seed"])) for row in group.rows if not row["diverged"]]
+        paired = [ours - theirs for ours, theirs in pairs if ours is not None and theirs is not None]
+        if group is not base and paired:
+            against, span = f"{fmean(paired):+.2f}", f"{min(paired):+.2f} to {max(paired):+.2f}"
+        if group is not base and not group.diverged:
+            faster, sooner = _times(record.faster(group)), _times(record.sooner(group))
+        found = group.to_target(app, record.target)
+        seconds, reached = _spread(found, 1), f"{len(found)} of {len(group.rows)}"
+    return (*what, quality, against, span, _spread(group.seconds, 1), faster, seconds, reached, sooner)
+
+
+def tuning_table(rows):
+    """A line per LR and warm-up tried: the seeds' validation qualities."""
+    tried = {}
+    for row in rows:
+        tried.setdefault((row["schedule"]["base_lr"], row["schedule"]["base_warmup_epochs"]), []).append(row)
+    lines = []
+    for (lr, warmup), runs in sorted(tried.items()):
+        found = ["diverged" if row["diverged"] or row["quality"] is None else f"{row['quality']:.2f}" for row in runs]
+        lines.append((f"{lr:g}", f"{warmup:g}", ", ".join(found)))
+    return markdown(("peak LR", "warm-up epochs", "validation, by seed"), lines)
+
+
+# Plots
+
+
+def plot(app, rows, file):
+    """Left: quality against batch, each arm, from the worst seed to the best. Right: LEGW's time against batch."""
+    from matplotlib.figure import Figure
+
+    record = Record(app, rows)
+    if record.target is None or len(record.groups) < 2:
+        return
+    figure = Figure(figsize=(11, 4.2), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    for arm, title in TITLES.items():
+        _draw_quality(left, record, arm, title)
+    left.axhline(record.target, color="black", ls=":", lw=1, label="the baseline's mean, less the tolerance")
+    left.set(title=app.title, ylabel=f"test {app.metric} {app.unit}".strip(), yscale="linear" if app.higher else "log")
+    groups = record.arm("legw")
+    batches = [group.batch for group in groups]
+    right.plot(batches, [fmean(group.seconds) for group in groups], "o-", color="tab:blue", label="the whole run")
+    reached = [(g.batch, g.to_target(app, record.target)) for g in groups]
+    reached = [(batch, fmean(found)) for batch, found in reached if found]
+    right.plot(*zip(*reached, strict=True), "s--", color="tab:orange", label="to the target (runs that reach it)")
+    right.set(title="LEGW", ylabel="training, seconds of processor time", yscale="log")
+    for ax in (left, right):
+        ax.set(xlabel="batch", xscale="log")
+        ax.set_xticks(batches, [f"{batch}\n×{batch / batches[0]:g}" for batch in batches])
+        ax.minorticks_off()
+        ax.grid(alpha=0.3)
+        ax.spines[["top", "right"]].set_visible(False)
+        ax.legend(frameon=False, fontsize="small")
+    figure.savefig(file, dpi=130)
+
+
+def _draw_quality(ax, record, arm, title):
+    groups = [group for group in record.arm(arm) if group.qualities]
+    x = [group.batch for group in groups]
+    ax.plot(x, [group.mean for group in groups], "o-", color=COLORS[arm], label=title, ms=4)
+    lowest, highest = ([f(group.qualities) for group in groups] for f in (min, max))
+    ax.fill_between(x, lowest, highest, color=COLORS[arm], alpha=0.15)
+
+
+def overview(records, file):
+    """How much LEGW loses against the updates that are left, all applications together."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(8, 4.5), layout="constrained")
+    ax = figure.subplots()
+    for record in records:
+        groups = [group for group in record.arm("legw") if group.qualities and not group.diverged]
+        ax.plot([g.updates for g in groups], [_lost(record, g) for g in groups], "o-", ms=4, label=record.app.title)
+    ax.axhline(1, color="black", ls=":", lw=1)
+    ax.set(xscale="log", yscale="symlog", xlabel="updates of the run", ylabel="quality lost, in tolerances")
+    ax.invert_xaxis()
+    ax.grid(alpha=0.3)
+    ax.spines[["top", "right"]].set_visible(False)
+    ax.legend(frameon=False, fontsize="small")
+    figure.savefig(file, dpi=130)
+
+
+def _lost(record, group):
+    """Quality lost to the baseline, in units of the application's tolerance."""
+    app, base = record.app, record.baseline.mean
+    return ((base - group.mean) if app.higher else (group.mean / base - 1)) / app.tolerance
+
+
+# The page
+
+
+def page(records, tunings):
+    rows = [row for record in records for row in record.rows]
+    machines = sorted({row["device"] for row in rows})
+    versions, commits = (sorted({row[key] or "none" for row in rows}) for key in ("torch", "commit"))
+    seeds = min(len(record.baseline.rows) for record in records)
+    lines = [
+        "# The paper's applications: results",
+        "",
+        "Written by `python -m examples.report`. How the runs were made, and what they say: [README.md](README.md).",
+        "",
+        f"Machine: {'; '.join(machines)} ({len(rows)} runs, torch {', '.join(versions)}, commit {', '.join(commits)}). "
+        f"At least {seeds} seeds; ± is their standard deviation. Seconds are processor time of training alone. The "
+        "target is the baseline's mean quality less the tolerance; a batch *holds* where the mean of its seeds "
+        "reaches that and no run diverged. *Faster*: the baseline's time over the run's. *Sooner*: the same up to the "
+        "first epoch at the target, where every seed reaches it.",
+        "",
+        *_summary(records),
+    ]
+    for record in records:
+        lines += ["", f"## {record.app.title}", "", *_application(record, tunings.get(record.app.name, []))]
+    return "\n".join(lines) + "\n"
+
+
+def _summary(records):
+    header = "application", "baseline", "largest batch", "LEGW there", "updates left", "holds", "faster", "sooner"
+    lines, speedups, held = [], [], []
+    for record in records:
+        app, last = record.app, record.arm("legw")[-1]
+        holds, faster = last.holds(app, record.target), record.faster(last)
+        if app.name in LSTMS:
+            speedups.append(faster)
+            held += [faster] if holds else []
+        quality = _spread(last.qualities) + (f" ({last.diverged} diverged)" if last.diverged else "")
+        what = app.title, f"{app.metric} {_spread(record.baseline.qualities)}", f"{last.batch} (×{last.scale:g})"
+        yes = "yes" if holds else "no"
+        lines.append((*what, quality, f"{last.updates}", yes, _times(faster), _times(record.sooner(last))))
+    average = (
+        f"Whole runs of the {len(speedups)} LSTM applications are {fmean(speedups):.2f}× faster on average at their "
+        f"largest batch; the paper has {PAPER_SPEEDUP}×, at equal quality. Quality held in {len(held)} of {len(speedups)} there"
+        + (f", which are {fmean(held):.2f}× faster." if held else ".")
+    )
+    limits = [
+        (
+            record.app.title,
+            *(f"×{group.scale:g} ({group.updates})" for group in (record.limit(arm) for arm in TITLES)),
+        )
+        for record in records
+    ]
+    return [
+        "## All together",
+        "",
+        markdown(header, lines),
+        "",
+        average,
+        "",
+        "The largest batch up to which every batch holds, and the updates left there:",
+        "",
+        markdown(("application", *TITLES.values()), limits),
+        "",
+        "![Quality lost against updates left](results/overview.png)",
+    ]
+
+
+def _application(record, tuning):
+    app = record.app
+    lost = f"{app.tolerance:g} points" if app.higher else f"{100 * app.tolerance:g} %"
+    lines = [
+        f"Target: {app.metric} {record.target:.2f} (tolerance {lost}).",
+        "",
+        table(app, record.rows),
+        "",
+        f"![{app.metric} and time against batch](results/{app.name}.png)",
+    ]
+    if tuning:
+        from .trainer import choose
+
+        lr, warmup = choose(app, tuning)
+        lines += [
+            "",
+            f"Chosen at the baseline batch on validation data: peak LR {lr:g}, warm-up {warmup:g} epochs, from",
+        ]
+        lines += ["", tuning_table(tuning)]
+    return lines
+
+
+def read(file):
+    return [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
+
+
+def main(arguments=None):
+    parser = argparse.ArgumentParser(prog="python -m examples.report", description=__doc__)
+    parser.add_argument("--results", type=Path, default=HERE / "results", metavar="DIR", help="(default: %(default)s)")
+    parser.add_argument("--output", type=Path, metavar="FILE", help="(default: RESULTS.md beside DIR)")
+    args = parser.parse_args(arguments)
+    records = [Record(app, read(args.results / f"{app.name}.jsonl")) for app in applications()]
+    records = [record for record in records if record.target is not None and len(record.groups) > 1]
+    if not records:
+        parser.error(f"--results: no runs of a baseline and a larger batch in {args.results}")
+    tunings = {record.app.name: read(args.results / f"{record.app.name}-tuning.jsonl") for record in records}
+    for record in records:
+        plot(record.app, record.rows, args.results / f"{record.app.name}.png")
+    overview(records, args.results / "overview.png")
+    output = args.output or args.results.parent / "RESULTS.md"
+    output.write_text(page(records, tunings))
+    print(f"{output}: {sum(len(record.rows) for record in records)} runs")
+
+
+if __name__ == "__main__":
+    main()
