@@ -6,6 +6,7 @@ import math
 import operator
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -134,16 +135,64 @@ class Written:
 
 
 @dataclass
+class Flat:
+    """Tensors that follow one another in one tensor, each padded to whole tiles.
+
+    ATen starts its threads once for each large tensor that it is given, and its fused kernels for small ones too, which
+    costs as much as some 100,000 elements; so what can be done with all of them is done with `whole`.
+    """
+
+    whole: Tensor
+    views: list[Tensor]
+    tile: int
+
+    def __post_init__(self) -> None:
+        sizes = [x.numel() for x in self.views]
+        tiles = [-(-size // self.tile) for size in sizes]
+        row = min(_ROW, self.tile)
+        self._rows = self.whole.view(-1, row)
+        self._lengths = [n * (self.tile // row) for n in tiles]
+        ends = accumulate(n * self.tile for n in tiles)
+        pads = [self.whole[end - n * self.tile + size : end] for end, n, size in zip(ends, tiles, sizes, strict=True)]
+        self._pads = [pad for pad in pads if pad.numel()]
+
+    @classmethod
+    def like(cls, tensors: Sequence[Tensor], buffer: Tensor, tile: int) -> Flat:
+        """Room for tensors of these shapes and strides at the start of a buffer."""
+        ends = [0, *accumulate(-(-x.numel() // tile) * tile for x in tensors)]
+        views = [buffer.as_strided(x.shape, x.stride(), at) for x, at in zip(tensors, ends, strict=False)]
+        return cls(buffer[: ends[-1]], views, tile)
+
+    def parts(self, whole: bool) -> list[Tensor]:
+        return [self.whole] if whole else self.views
+
+    def clear_padding(self) -> None:
+        if self._pads:
+            torch._foreach_zero_(self._pads)
+
+    def norms(self) -> list[float]:
+        """As `norms` of the views, if the padding is zero."""
+        parts = [torch.linalg.vector_norm(self._rows, dim=1)] if len(self._rows) else []
+        return _joined_norms(self.views, parts, self._lengths)
+
+
+@dataclass
 class Tensors:
     """The tensors of one group, dtype and count that ATen updates: lists, an entry per parameter.
 
-    states: a list for each of the rule's states; empty where the group does not use it. Where the rule adapts, g_norms:
-    norms of the gradients as they are to be used; w_norms: of the weights; ratios: to be filled.
+    states: a list for each of the rule's states; empty where the group does not use it. joined: the parameters, if they
+    follow one another. Where the rule is two-stage, gathered: a copy of the gradients; scratch: as much memory again;
+    whole: whether the states follow one another like these, then the lists of states hold that one tensor. Where the
+    rule adapts, g_norms: norms of the gradients as they are to be used; w_norms: of the weights; ratios: to be filled.
     """
 
     params: list[Tensor]
     grads: list[Tensor]
     states: list[list[Tensor]]
+    joined: Flat | None = None
+    gathered: Flat | None = None
+    scratch: Flat | None = None
+    whole: bool = False
     g_norms: list[float] = field(default_factory=list)
     w_norms: list[float] = field(default_factory=list)
     ratios: list[float] = field(default_factory=list)
@@ -187,6 +236,11 @@ def norms(tensors: Sequence[Tensor]) -> list[float]:
         if left:
             parts.append(x.as_strided((left,), (1,), x.storage_offset() + rows * _ROW))
         lengths.append(rows + left)
+    return _joined_norms(tensors, parts, lengths)
+
+
+def _joined_norms(tensors: Sequence[Tensor], parts: list[Tensor], lengths: list[int]) -> list[float]:
+    """Norms of the tensors from those of their parts; lengths: how many each has."""
     if not parts:
         return [0.0] * len(tensors)
     squares = torch.cat(parts).to("cpu", torch.float64).square_()
