@@ -17,7 +17,7 @@ from .flat import MASTER, Bucket, compute_dtype
 from .rule import Flat, Gradients, Group, Rule, Tensors, group_lr, norms
 from .table import capturing
 
-_BATCH = 1 << 20  # elements: what is made of them on the way should stay in a cache, and is let go with them
+_BATCH = 1 << 21  # elements: what is made of them on the way should stay in a cache, and is let go with them
 
 
 @dataclass
@@ -209,8 +209,9 @@ class AtenBackend:
         gradients = [g for g in map(some.__getitem__, batch.chosen) if g is not None]
         if not self._rule.two_stage:
             gradients = [g if g.dtype == compute else g.to(compute) for g in gradients]
-        tensors = Tensors(weights, gradients, states, batch.joined, *batch.scratch, whole=whole)
-        if tensors.gathered is not None:
+        tensors = Tensors(weights, gradients, states, batch.joined, whole=whole)
+        if batch.scratch:
+            tensors.gathered, tensors.scratch = batch.scratch
             torch._foreach_copy_(tensors.gathered.views, gradients)
             tensors.gathered.clear_padding()
         if self._rule.adapts:

@@ -92,7 +92,6 @@ def _updates(tensors: Tensors, h: AdamHyper, n: float, scale: float) -> Flat:
             torch.mul(p, -h.weight_decay, out=u)
     # Adam at LR 1, of what is to be added instead of what it is added to.
     fused_adam(updates.parts(tensors.whole), grads.parts(tensors.whole), tensors.states, h, 1.0, n, 0.0)
-    updates.clear_padding()
     return updates
 
 

@@ -147,14 +147,10 @@ class Flat:
     tile: int
 
     def __post_init__(self) -> None:
-        sizes = [x.numel() for x in self.views]
-        tiles = [-(-size // self.tile) for size in sizes]
-        row = min(_ROW, self.tile)
-        self._rows = self.whole.view(-1, row)
-        self._lengths = [n * (self.tile // row) for n in tiles]
-        ends = accumulate(n * self.tile for n in tiles)
-        pads = [self.whole[end - n * self.tile + size : end] for end, n, size in zip(ends, tiles, sizes, strict=True)]
-        self._pads = [pad for pad in pads if pad.numel()]
+        ends = list(accumulate(-(-x.numel() // self.tile) * self.tile for x in self.views))
+        self._starts = [0, *ends[:-1]]
+        every = zip(self.views, self._starts, ends, strict=True)
+        self._pads = [self.whole[start + x.numel() : end] for x, start, end in every if start + x.numel() < end]
 
     @classmethod
     def like(cls, tensors: Sequence[Tensor], buffer: Tensor, tile: int) -> Flat:
@@ -171,9 +167,11 @@ class Flat:
             torch._foreach_zero_(self._pads)
 
     def norms(self) -> list[float]:
-        """As `norms` of the views, if the padding is zero."""
-        parts = [torch.linalg.vector_norm(self._rows, dim=1)] if len(self._rows) else []
-        return _joined_norms(self.views, parts, self._lengths)
+        """`norms` of the views, to the bit; whatever the padding holds."""
+        if self.tile % _ROW or not len(self.whole):
+            return norms(self.views)
+        rows = torch.linalg.vector_norm(self.whole.view(-1, _ROW), dim=1)
+        return norms(self.views, [rows[start // _ROW :] for start in self._starts])
 
 
 @dataclass
@@ -220,27 +218,26 @@ def scaled(grads: list[Tensor], factor: float) -> list[Tensor]:
     return grads if factor == 1 else list(torch._foreach_mul(grads, factor))
 
 
-def norms(tensors: Sequence[Tensor]) -> list[float]:
+def norms(tensors: Sequence[Tensor], of_rows: Sequence[Tensor] = ()) -> list[float]:
     """The L2 norm of each dense tensor, to 1e-7; it does not overflow where the values are finite.
 
     Summed in float64, which is slow, and so of large tensors over short rows, whose norms are taken in their own dtype.
+    of_rows: for each tensor those of its rows, and maybe more, where they are known.
     """
     parts, lengths = [], []
-    for x in tensors:
+    for i, x in enumerate(tensors):
         if x.dtype in (torch.float16, torch.bfloat16):
             x = x.float()
         rows, left = 0, x.numel()
         if left >= _SMALL:
             rows, left = divmod(left, _ROW)
-            parts.append(torch.linalg.vector_norm(x.as_strided((rows, _ROW), (_ROW, 1)), dim=1))
+            if of_rows:
+                parts.append(of_rows[i][:rows])
+            else:
+                parts.append(torch.linalg.vector_norm(x.as_strided((rows, _ROW), (_ROW, 1)), dim=1))
         if left:
             parts.append(x.as_strided((left,), (1,), x.storage_offset() + rows * _ROW))
         lengths.append(rows + left)
-    return _joined_norms(tensors, parts, lengths)
-
-
-def _joined_norms(tensors: Sequence[Tensor], parts: list[Tensor], lengths: list[int]) -> list[float]:
-    """Norms of the tensors from those of their parts; lengths: how many each has."""
     if not parts:
         return [0.0] * len(tensors)
     squares = torch.cat(parts).to("cpu", torch.float64).square_()
