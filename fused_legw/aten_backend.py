@@ -17,7 +17,7 @@ from .flat import MASTER, Bucket, compute_dtype
 from .rule import Flat, Gradients, Group, Rule, Tensors, group_lr, norms
 from .table import capturing
 
-_BATCH = 1 << 21  # elements: what is made of them on the way should stay in a cache, and is let go with them
+_BATCH = 1 << 21  # elements: what is made of them on the way should stay in a cache, in few calls
 
 
 @dataclass

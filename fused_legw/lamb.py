@@ -102,6 +102,8 @@ class LAMB(FusedOptimizer):
     the updates of that tensor; w -= lr * |w| / |u| * u (You et al. 2019, arXiv 1904.00962, Algorithm 2). A zero norm
     gives ratio 1. Norms are L2, in float32 or wider.
 
+    On ATen it keeps memory for two copies of a batch: of 2^21 elements, or the largest tensor if that has more.
+
     Args:
         params: parameters, named parameters, or param groups, each of which may set any of the options below.
         lr: a number, a 1-element tensor, or a `LEGW` schedule.
