@@ -14,10 +14,10 @@ from legw_kernels import scalars
 
 from .control import Control
 from .flat import MASTER, Bucket, compute_dtype
-from .rule import Gradients, Group, Rule, Tensors, group_lr, norms
+from .rule import Flat, Gradients, Group, Rule, Tensors, group_lr, norms
 from .table import capturing
 
-_BATCH = 1 << 20  # elements: what is made of them on the way should stay in a cache, and is let go with them
+_BATCH = 1 << 21  # elements: what is made of them on the way should stay in a cache, in few calls
 
 
 @dataclass
@@ -33,18 +33,41 @@ class Batch:
     count: int
     chosen: list[int]
     first_column: int
-    _states: dict[str, list[Tensor]] = field(default_factory=dict)
+    _states: dict[tuple[str, bool], list[Tensor]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         first, after = self.chosen[0], self.chosen[-1] + 1
-        adjacent = after - first == len(self.chosen)
-        self.rows = slice(first, after) if adjacent else torch.tensor(self.chosen, device="cpu")
+        self.adjacent = after - first == len(self.chosen)
+        self.rows = slice(first, after) if self.adjacent else torch.tensor(self.chosen, device="cpu")
         self.params = [self.bucket.segments[i].param for i in self.chosen]
+        tile, segments = self.bucket.tile, [self.bucket.segments[i] for i in self.chosen]
+        self._starts = [segment.first_tile * tile for segment in segments]
+        self.elements = sum(map(self.bucket.padded, segments))
+        self.joined = self._joined()
+        self.scratch: list[Flat] = []  # room for copies of the gradients and for updates, where the rule needs that
 
-    def state(self, name: str) -> list[Tensor]:
-        if name not in self._states:
-            self._states[name] = [self.bucket.segments[i].state[name] for i in self.chosen]
-        return self._states[name]
+    def _joined(self) -> Flat | None:
+        """The weights that are updated, masters if there are any, if they follow one another in a buffer of ours."""
+        weights, buffer = self.params, self.bucket.weights
+        if MASTER in self.bucket.state:
+            weights, buffer = self.state(MASTER), self.bucket.state[MASTER]
+        if buffer is None or not self.adjacent or buffer.dtype != compute_dtype(buffer.dtype):
+            return None
+        places = [(w.data_ptr() - buffer.data_ptr()) // buffer.element_size() for w in weights]
+        if any(place - places[0] != start - self._starts[0] for place, start in zip(places, self._starts, strict=True)):
+            return None
+        if not 0 <= places[0] <= buffer.numel() - self.elements:
+            return None
+        return Flat(buffer[places[0] :][: self.elements], weights, self.bucket.tile)
+
+    def state(self, name: str, *, whole: bool = False) -> list[Tensor]:
+        """The segments' state; whole: as one tensor."""
+        if (name, whole) not in self._states:
+            every = [self.bucket.segments[i].state[name] for i in self.chosen]
+            if whole:
+                every = [self.bucket.state[name][self._starts[0] :][: self.elements]]
+            self._states[name, whole] = every
+        return self._states[name, whole]
 
     def put(self, row: list[float], values: list[float]) -> None:
         """Write values of these segments into a row of the device's table."""
@@ -61,7 +84,7 @@ def batches(bucket: Bucket, first_column: int, counts: Sequence[int | None], mos
     room: dict[tuple[int, int], float] = {}
     for i, (segment, count) in enumerate(zip(bucket.segments, counts, strict=True)):
         if count is not None:
-            key, size = (segment.group, count), segment.param.numel()
+            key, size = (segment.group, count), bucket.padded(segment)
             if room.get(key, -1) < size:
                 alike.setdefault(key, []).append([])
                 room[key] = max(most, size)
@@ -90,6 +113,7 @@ class AtenBackend:
         self.counts = torch.tensor([steps_applied, 0], dtype=torch.int64, device="cpu")
         self._first_columns = list(accumulate((len(bucket.segments) for bucket in buckets), initial=0))
         self._norms: dict[str, list[float]] = {}  # of each tensor, by kind, once any were taken
+        self._scratch: dict[torch.dtype, tuple[Tensor, ...]] = {}
         self._measures_later = False
         self.nonfinite = torch.zeros(1, device="cpu")
         self._norm = 0.0
@@ -163,8 +187,11 @@ class AtenBackend:
             counts = bucket.exact_steps()
             base = next((count for g, count in zip(some, counts, strict=True) if g is not None), 0)
             ages = [None if g is None else count - base for g, count in zip(some, counts, strict=True)]
-            if self._batches[index][0] != (most, ages):
-                self._batches[index] = (most, ages), batches(bucket, self._first_columns[index], ages, most)
+            if self._batches[index][0] != (most, ages, bucket.addresses):
+                made = batches(bucket, self._first_columns[index], ages, most)
+                self._batches[index] = (most, ages, bucket.addresses), made
+                if self._rule.two_stage:
+                    self._give_scratch(bucket, made)
             for batch in self._batches[index][1]:
                 i = batch.group
                 self._update(batch, some, lrs[i], groups[i], batch.count + base, inverse, clips[i])
@@ -174,13 +201,19 @@ class AtenBackend:
     ) -> None:
         bucket, compute = batch.bucket, compute_dtype(batch.bucket.dtype)
         used = self._rule.used_states(group)
-        states = [batch.state(name) if name in used else [] for name in self._rule.states]
+        whole = self._rule.two_stage and batch.adjacent
+        states = [batch.state(name, whole=whole) if name in used else [] for name in self._rule.states]
         weights = batch.params
         if bucket.dtype != compute:
             weights = [self._synced_master(bucket, i) for i in batch.chosen]
-        chosen = [some[i] for i in batch.chosen]
-        gradients = [g if g.dtype == compute else g.to(compute) for g in chosen if g is not None]
-        tensors = Tensors(weights, gradients, states)
+        gradients = [g for g in map(some.__getitem__, batch.chosen) if g is not None]
+        if not self._rule.two_stage:
+            gradients = [g if g.dtype == compute else g.to(compute) for g in gradients]
+        tensors = Tensors(weights, gradients, states, batch.joined, whole=whole)
+        if batch.scratch:
+            tensors.gathered, tensors.scratch = batch.scratch
+            torch._foreach_copy_(tensors.gathered.views, gradients)
+            tensors.gathered.clear_padding()
         if self._rule.adapts:
             self._take_norms(batch, tensors, inverse, clip)
         self._rule.aten(tensors, lr, count, inverse * clip, group)
@@ -195,13 +228,24 @@ class AtenBackend:
 
     def _take_norms(self, batch: Batch, tensors: Tensors, inverse: float, clip: float) -> None:
         """Give the tensors their norms, of the gradients unless they are known."""
-        unknown = tensors.grads if self._measures_later else []
-        found = norms([*unknown, *tensors.params])
-        if unknown:
-            batch.put(self._norms["gradient"], [x * inverse for x in found[: len(unknown)]])
+        if self._measures_later:
+            found = norms(tensors.grads) if tensors.gathered is None else tensors.gathered.norms()
+            batch.put(self._norms["gradient"], [x * inverse for x in found])
         tensors.g_norms = [self._norms["gradient"][batch.first_column + i] * clip for i in batch.chosen]
-        tensors.w_norms = found[len(unknown) :]
+        tensors.w_norms = norms(tensors.params) if tensors.joined is None else tensors.joined.norms()
         batch.put(self._norms["weight"], tensors.w_norms)
+
+    def _give_scratch(self, bucket: Bucket, made: list[Batch]) -> None:
+        """Memory for copies of gradients and for updates, which all batches of a dtype use in turn.
+
+        It stays: to be given fresh pages at every step would cost several times what is done with them.
+        """
+        dtype, size = compute_dtype(bucket.dtype), max((batch.elements for batch in made), default=0)
+        held = self._scratch.get(dtype, ())
+        if not held or held[0].numel() < size:
+            held = self._scratch[dtype] = tuple(torch.empty(size, dtype=dtype, device=self.device) for _ in range(2))
+        for batch in made:
+            batch.scratch = [Flat.like(batch.params, buffer, bucket.tile) for buffer in held]
 
     @staticmethod
     def _synced_master(bucket: Bucket, i: int) -> Tensor:

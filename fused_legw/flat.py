@@ -116,6 +116,10 @@ class Bucket:
     def _tiles_of(self, p: Tensor) -> int:
         return -(-p.numel() // self.tile)
 
+    def padded(self, segment: Segment) -> int:
+        """Elements that a segment takes in a flat buffer."""
+        return self._tiles_of(segment.param) * self.tile
+
     def add_state(self, name: str) -> None:
         """A flat buffer for one kind of state, and each segment's view of it; zero, but for the masters."""
         if name in self.state:

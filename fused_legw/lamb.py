@@ -16,7 +16,7 @@ from . import variants
 from .adam import AdamRule, fused_adam
 from .checks import check_flag
 from .optimizer import FusedOptimizer
-from .rule import Group, Tensors, floats, norms, scaled
+from .rule import Flat, Group, Tensors, floats
 from .schedule import LEGW
 
 
@@ -69,23 +69,29 @@ class LAMBRule(AdamRule):
         correction1, correction2 = (scalars.one_minus_power(x, count + 1.0) for x in (h.log_beta1, h.log_beta2))
         *_, step = scalars.bias_factors(lr, correction1, correction2, h.bias_correction)
         updates = _updates(tensors, h, count + 1.0 if h.bias_correction == 1 else math.inf, scale)
-        for p, u, w_norm, u_norm in zip(tensors.params, updates, tensors.w_norms, norms(updates), strict=True):
+        for p, u, w_norm, u_norm in zip(tensors.params, updates.views, tensors.w_norms, updates.norms(), strict=True):
             ratio = scalars.lamb_ratio(w_norm, u_norm, h)
             p.add_(u, alpha=step * ratio)
             tensors.ratios.append(ratio)
 
 
-def _updates(tensors: Tensors, h: AdamHyper, n: float, scale: float) -> list[Tensor]:
+def _updates(tensors: Tensors, h: AdamHyper, n: float, scale: float) -> Flat:
     """Advance the moments; what is then added to the weights, but for LR and ratio."""
-    params, grads = tensors.params, scaled(tensors.grads, scale)
+    params, joined, grads, updates = tensors.params, tensors.joined, tensors.gathered, tensors.scratch
+    assert grads is not None and updates is not None
+    if scale != 1:
+        grads.whole.mul_(scale)
     if h.weight_decay and not h.decoupled:
-        grads = list(torch._foreach_add(grads, params, alpha=h.sign * h.weight_decay))
-    if h.weight_decay and h.decoupled:
-        updates = list(torch._foreach_mul(params, -h.weight_decay))
+        torch._foreach_add_(grads.views, params, alpha=h.sign * h.weight_decay)
+    if not (h.weight_decay and h.decoupled):
+        updates.whole.zero_()
+    elif joined is not None:
+        torch.mul(joined.whole, -h.weight_decay, out=updates.whole)
     else:
-        updates = [torch.zeros_like(p) for p in params]
+        for p, u in zip(params, updates.views, strict=True):
+            torch.mul(p, -h.weight_decay, out=u)
     # Adam at LR 1, of what is to be added instead of what it is added to.
-    fused_adam(updates, grads, tensors.states, h, 1.0, n, 0.0)
+    fused_adam(updates.parts(tensors.whole), grads.parts(tensors.whole), tensors.states, h, 1.0, n, 0.0)
     return updates
 
 
@@ -95,6 +101,8 @@ class LAMB(FusedOptimizer):
     The paper's: u = m' / (sqrt(v') + eps) + weight_decay * w with Adam's bias-corrected moments m' and v', which count
     the updates of that tensor; w -= lr * |w| / |u| * u (You et al. 2019, arXiv 1904.00962, Algorithm 2). A zero norm
     gives ratio 1. Norms are L2, in float32 or wider.
+
+    On ATen it keeps memory for two copies of a batch: of 2^21 elements, or the largest tensor if that has more.
 
     Args:
         params: parameters, named parameters, or param groups, each of which may set any of the options below.

@@ -25,6 +25,7 @@ _FORMS = {
     "unscaled": scalars.UNSCALED,
     "popular": scalars.POPULAR,
 }
+_GRAIN = 32768  # elements: ATen's own limit for starting threads
 _ZERO_NORMS = {"one": scalars.ONE, "denominator": scalars.BY_DENOMINATOR, "plain": scalars.PLAIN}
 
 
@@ -77,7 +78,8 @@ class LARSRule(SGDRule):
             own = exempt if exempts and p.ndim <= 1 else h
             ratio, decay = scalars.lars_ratio(lr, w_norm, x_norm, own)
             inner, outer = scalars.lars_factors(lr, ratio, own.form)
-            fused_sgd([p], [g], m, own, outer, inner * scale, inner * decay, count)
+            update = _small_sgd if p.numel() < _GRAIN else fused_sgd
+            update([p], [g], m, own, outer, inner * scale, inner * decay, count)
             tensors.ratios.append(ratio)
 
 
@@ -87,14 +89,29 @@ def _norms_of_sums(tensors: Tensors, h: MomentumHyper, count: int, scale: float)
     if h.weight_decay:
         sums = list(torch._foreach_add(sums, tensors.params, alpha=h.weight_decay))
     if h.form == scalars.POPULAR and tensors.states[0]:
-        sums = [_direction(x, m, h, count) for x, m in zip(sums, tensors.states[0], strict=True)]
+        sums = [_direction(x, [m], h, count)[0] for x, m in zip(sums, tensors.states[0], strict=True)]
     return norms(sums)
 
 
-def _direction(d: Tensor, m: Tensor, h: MomentumHyper, count: int) -> Tensor:
-    """The update that a decayed gradient d makes, before its LR and ratio."""
-    m = d if count == 0 else m.mul(h.momentum).add_(d, alpha=1 - h.dampening)
-    return d.add(m, alpha=h.momentum) if h.nesterov else m
+def _small_sgd(
+    params: list[Tensor], grads: list[Tensor], momenta: list[Tensor],
+    h: MomentumHyper, lr: float, factor: float, decay: float, count: int,
+) -> None:  # fmt: skip
+    """What fused_sgd does, of one tensor, by kernels that start no threads for a small one, as ATen's fused ones do."""
+    [p], [g] = params, grads
+    d = g.mul(factor * h.sign)
+    if decay:
+        d.add_(p, alpha=decay)
+    update, moved = _direction(d, momenta, h, count)
+    if momenta:
+        momenta[0].copy_(moved)
+    p.sub_(update, alpha=lr)
+
+
+def _direction(d: Tensor, momenta: list[Tensor], h: MomentumHyper, count: int) -> tuple[Tensor, Tensor]:
+    """The update that a decayed gradient d makes, before its LR and ratio, and the momentum, if there is any, then."""
+    m = d if count == 0 or not momenta else momenta[0].mul(h.momentum).add_(d, alpha=1 - h.dampening)
+    return (d.add(m, alpha=h.momentum) if h.nesterov else m), m
 
 
 class LARS(FusedOptimizer):
