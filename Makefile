@@ -5,7 +5,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/ready
 
-.PHONY: demo test lint codegen bench report gpu clean
+.PHONY: demo test lint codegen examples bench report gpu clean
 
 demo: $(READY)
 	$(BIN)/fused-legw demo
@@ -25,6 +25,10 @@ codegen: $(READY)
 # OMP_WAIT_POLICY: threads that spin while they wait take the cores from each other.
 bench: $(READY)
 	OMP_WAIT_POLICY=passive $(BIN)/pytest benchmarks -v --benchmark-only --benchmark-quiet $(BENCH)
+
+# Each application at its baseline and at its largest batch by LEGW; ends early where a baseline misses its target.
+examples: $(READY)
+	for name in mnist_lstm ptb_small ptb_large gnmt resnet; do $(BIN)/python -m examples.$$name --quick || exit 1; done
 
 report: $(READY)
 	$(BIN)/python -m benchmarks.report

@@ -173,7 +173,7 @@ def plot(app, rows, file):
     reached = [(g.batch, g.to_target(app, record.target)) for g in groups]
     reached = [(batch, fmean(found)) for batch, found in reached if found]
     right.plot(*zip(*reached, strict=True), "s--", color="tab:orange", label="to the target (runs that reach it)")
-    right.set(title="LEGW", ylabel="training, seconds of processor time", yscale="log")
+    right.set(title="LEGW", ylabel="training, seconds of processor time", ylim=(0, None))
     for ax in (left, right):
         ax.set(xlabel="batch", xscale="log")
         ax.set_xticks(batches, [f"{batch}\n×{batch / batches[0]:g}" for batch in batches])
@@ -257,8 +257,8 @@ def _summary(records):
         lines.append((*what, quality, f"{last.updates}", yes, _times(faster), _times(record.sooner(last))))
     average = (
         f"Whole runs of the {len(speedups)} LSTM applications are {fmean(speedups):.2f}× faster on average at their "
-        f"largest batch; the paper has {PAPER_SPEEDUP}×, at equal quality. Quality held in {len(held)} of {len(speedups)} there"
-        + (f", which are {fmean(held):.2f}× faster." if held else ".")
+        f"largest batch; the paper has {PAPER_SPEEDUP}×, at equal quality. There quality held in {len(held)} of "
+        f"{len(speedups)}" + (f", which are {fmean(held):.2f}× faster." if held else ".")
     )
     limits = [
         (

