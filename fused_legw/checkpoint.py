@@ -16,7 +16,7 @@ from .checks import check_state, check_step, naming
 from .decays import count
 from .flat import MASTER, STEP
 from .layout import check_params
-from .rule import check_written_lr
+from .rule import check_place, check_written_lr
 from .schedule import LEGW
 
 if TYPE_CHECKING:
@@ -102,6 +102,7 @@ def _check_steps(optimizer: FusedOptimizer, groups: list[dict[str, Any]]) -> Non
             )
     else:
         count("steps_applied", given, zero=True)
+    check_place(groups, optimizer.steps_applied if given is None else given)
 
 
 def unbox(state: dict[Any, Any]) -> defaultdict[Any, dict[str, Any]]:
