@@ -53,7 +53,7 @@ class Clock:
 
     def __init__(self, stretches: Sequence[tuple[int, Fraction]]) -> None:
         """stretches: the first update of each, and its updates per epoch; the first begins at 0."""
-        self._begins, self._paces = zip(*stretches, strict=True)
+        self._begins, self._paces = [begin for begin, _ in stretches], [pace for _, pace in stretches]
         self._epochs = [Fraction(0)]
         for (begin, pace), end in zip(stretches, self._begins[1:], strict=False):
             self._epochs.append(self._epochs[-1] + (end - begin) / pace)
@@ -61,8 +61,7 @@ class Clock:
     @property
     def steps_per_epoch(self) -> Fraction:
         """Of the last stretch."""
-        pace: Fraction = self._paces[-1]
-        return pace
+        return self._paces[-1]
 
     def epoch(self, t: Fraction | int) -> Fraction:
         """The epochs done after t updates."""

@@ -418,7 +418,11 @@ class FusedOptimizer(torch.optim.Optimizer):
         copied = "_options" in state
         given = [group.get("steps_applied") for group in state["param_groups"]]
         steps_applied = state.pop("_steps_applied", given[0] if given else None)
+        followed = [] if copied else [group["schedule"] for group in self.param_groups]
         super().__setstate__({**state, "state": checkpoint.unbox(state["state"])})
+        for group, schedule in zip(self.param_groups, followed, strict=False):
+            if schedule is not None and group["schedule"] is not None:
+                group["schedule"] = schedule.become(group["schedule"])
         if copied:
             self._layout, self._host_steps, self._steps_given = None, 0, False
             self._written = Written(self._rule, self.defaults)

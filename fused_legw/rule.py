@@ -14,6 +14,7 @@ from torch import Tensor
 from legw_kernels import scalars
 
 from . import checks
+from .autowu import AutoWU
 from .schedule import LEGW, Schedule
 
 Group = dict[str, Any]  # one of torch.optim's param_groups
@@ -46,7 +47,7 @@ class Rule:
         """
         schedule = group["schedule"]
         if schedule is not None and not isinstance(schedule, Schedule):
-            raise ValueError(f"schedule must be a LEGW or None, got {schedule!r}")
+            raise ValueError(f"schedule must be a LEGW, an AutoWU or None, got {schedule!r}")
         checks.check_number("lr_scale", group.get("lr_scale", 1.0))
         checks.check_scalar("weight_decay", group["weight_decay"], "weight_decay value")
         checks.check_flag("maximize", group["maximize"])
@@ -120,10 +121,10 @@ class Written:
     """A rule's check of groups that anyone may have written to, made only where something was.
 
     It is left out where the options of a group are the very objects that passed it last. Of types that can change in
-    place none pass for good, but for tensors in a tuple.
+    place none pass for good, but for tensors in a tuple, and AutoWU, which checks itself.
     """
 
-    _IMMUTABLE = frozenset({type(None), bool, int, float, str, tuple, LEGW})
+    _IMMUTABLE = frozenset({type(None), bool, int, float, str, tuple, LEGW, AutoWU})
 
     def __init__(self, rule: Rule, defaults: Group) -> None:
         self._rule = rule

@@ -272,7 +272,7 @@ class LEGW(Schedule):
         return replace(self, **values, earlier=(*self.earlier, *stretch))
 
     def with_batch_size(self, batch_size: int, *, steps_per_epoch: float | None = None) -> LEGW:
-        """The recipe at another batch size from the start; steps_per_epoch belongs to a batch and is not carried over."""
+        """The recipe at another batch from the start; steps_per_epoch belongs to a batch and is not carried over."""
         values = dict[str, Any](batch_size=batch_size, steps_per_epoch=steps_per_epoch)
         return replace(self, **values, earlier=())
 
