@@ -1,7 +1,7 @@
-"""AutoWU: automated learning-rate warm-up (Kim et al. 2021, arXiv 2105.13748), as a schedule of the optimizers.
+"""AutoWU: automated learning-rate warm-up (Kim et al. 2021, arXiv 2107.05855), as a schedule of the optimizers.
 
-The path of the LR is a frozen `_Path`, which kernels follow as they follow LEGW's. `AutoWU` keeps the losses, decides at
-the ends of epochs, and then moves to another path.
+The path of the LR is a frozen `_Path`, which kernels follow as they follow LEGW's. `AutoWU` keeps the losses, decides
+at the ends of epochs, and then moves to another path.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import warnings
 from bisect import bisect_right
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
 from fractions import Fraction
 from functools import cached_property
@@ -33,9 +33,11 @@ _FIT, _CONDITION, _GRID = 100, 500, 500  # points that a process is fitted to, c
 _LENGTH_SCALE, _NOISE, _JITTER = 0.2, 1e-3, 1e-4
 
 
-def _share(name: str, value: Any) -> float:
-    value = number(name, value)
-    return value if value < 1 else fail(name, value, "below 1")
+def _share(name: str, value: object) -> float:
+    share = number(name, value)
+    if share >= 1:
+        fail(name, value, "below 1")
+    return share
 
 
 @dataclass(frozen=True)
@@ -159,12 +161,12 @@ class _Path(Schedule):
 class AutoWU(Schedule):
     """A schedule that finds its own peak: the LR grows exponentially until the loss has stopped falling, then decays.
 
-    In the warm-up lr(t) = min_lr * (max_lr / min_lr)^(t / Tw), with Tw = max_warmup_fraction * total_steps. Tell it every
-    update's loss, and every epoch's end. There a Gaussian process is fitted to the losses, `tests` times to random
-    samples; a test is positive if the loss was, with the given confidence, lower anywhere than it is now. After
-    `patience` epochs in a row with mostly positive tests the LR falls back to where the loss was lowest, and decays from
-    there, to 0 at total_steps. Without that the decay begins at Tw. The kernel works out the LR, as it does LEGW's;
-    after a switch captured CUDA graphs follow once `optimizer.upload_param_groups()` is called.
+    In the warm-up lr(t) = min_lr * (max_lr / min_lr)^(t / Tw), with Tw = max_warmup_fraction * total_steps. Tell it
+    every update's loss, and every epoch's end. There a Gaussian process is fitted to the losses, `tests` times to
+    random samples; a test is positive if the loss was, with the given confidence, lower anywhere than it is now. After
+    `patience` epochs in a row with mostly positive tests the LR falls back to where the loss was lowest, and decays
+    from there, to 0 at total_steps. Without that the decay begins at Tw. The kernel works out the LR, as it does
+    LEGW's; after a switch captured CUDA graphs follow once `optimizer.upload_param_groups()` is called.
 
     Args:
         total_steps: updates of the run.
@@ -181,8 +183,8 @@ class AutoWU(Schedule):
         ValueError: naming the argument and its value.
 
     Source: Kim et al. 2021, "Automated Learning Rate Scheduler for Large-batch Training", arXiv 2107.05855. The process
-    is scikit-learn's (the extra `fused-legw[autowu]`): of the kept libraries with an exact, fitted GP it is the smallest,
-    needs no second framework, and has what the method asks for.
+    is scikit-learn's (the extra `fused-legw[autowu]`): well kept, widely installed, exact, on NumPy alone, and it has
+    the kernel, the fitting and the posterior covariance that the method asks for.
 
     >>> import torch
     >>> from fused_legw import SGD, AutoWU
@@ -315,8 +317,8 @@ class AutoWU(Schedule):
 
         steps_applied: the optimizer's. By default each loss was of an applied update: give it where steps are skipped.
 
-        Raises, before anything changes: RuntimeError where no loss was observed in this epoch, fewer losses than updates
-        were, or those of a resumed run are missing; ImportError without scikit-learn.
+        Raises, before anything changes: RuntimeError where no loss was observed in this epoch, or fewer than there were
+        updates, or where those of a resumed run are missing; ImportError without scikit-learn.
         """
         if self._path.switch is not None:
             return False
@@ -364,8 +366,7 @@ class AutoWU(Schedule):
         random = np.random.default_rng([self._path.seed, self._epochs])
         votes, lrs = 0, list[float]()
         threshold = NormalDist().inv_cdf(self._path.confidence)
-        for _ in range(self._path.tests):
-            grid, mean, covariance = _posterior(x, y, random)
+        for grid, mean, covariance in _posteriors(x, y, self._path.tests, random):
             rise = mean[-1] - mean
             variance = covariance.diagonal() + covariance[-1, -1] - 2 * covariance[:, -1] + _JITTER
             votes += bool((rise / np.sqrt(variance)).max() > threshold)
@@ -435,24 +436,27 @@ def _gaussian_process() -> Any:
     return gaussian_process
 
 
-def _posterior(x: Any, y: Any, random: np.random.Generator) -> tuple[Any, Any, Any]:
-    """(grid over [0, 1), mean, covariance) of the losses without their noise, by a process fitted to a sample."""
+def _posteriors(x: Any, y: Any, n: int, random: np.random.Generator) -> Iterator[tuple[Any, Any, Any]]:
+    """n times (grid over [0, 1), mean, covariance) of the losses without noise, by a process fitted to a sample."""
     from sklearn.exceptions import ConvergenceWarning
+    from threadpoolctl import threadpool_limits  # scikit-learn's own dependency
 
     process = _gaussian_process()
     scaled_rbf = process.kernels.ConstantKernel(1.0) * process.kernels.RBF(_LENGTH_SCALE, "fixed")
+    kernel = scaled_rbf + process.kernels.WhiteKernel(_NOISE)
+    grid = np.linspace(0, 1, _GRID, endpoint=False)
 
     def sample(most: int) -> tuple[Any, Any]:
         chosen = random.choice(len(x), min(most, len(x)), replace=False)
         return x[chosen, None], y[chosen]
 
-    with warnings.catch_warnings():
-        # A scale or noise at its bound is a flat or noiseless curve, which the test handles.
-        warnings.simplefilter("ignore", ConvergenceWarning)
-        kernel = scaled_rbf + process.kernels.WhiteKernel(_NOISE)
-        fitted = process.GaussianProcessRegressor(kernel).fit(*sample(_FIT)).kernel_
-    # The noise as `alpha`, so that the covariance is of the curve alone.
-    curve = process.GaussianProcessRegressor(fitted.k1, alpha=fitted.k2.noise_level, optimizer=None)
-    grid = np.linspace(0, 1, _GRID, endpoint=False)
-    mean, covariance = curve.fit(*sample(_CONDITION)).predict(grid[:, None], return_cov=True)
-    return grid, mean, covariance
+    for _ in range(n):
+        # Matrices this small are slower on more threads. A scale or noise at its bound, which is warned of, is a flat
+        # or noiseless curve, and no obstacle to the test.
+        with threadpool_limits(1), warnings.catch_warnings():
+            warnings.simplefilter("ignore", ConvergenceWarning)
+            fitted = process.GaussianProcessRegressor(kernel).fit(*sample(_FIT)).kernel_
+            # The noise as `alpha`, so that the covariance is of the curve alone.
+            curve = process.GaussianProcessRegressor(fitted.k1, alpha=fitted.k2.noise_level, optimizer=None)
+            mean, covariance = curve.fit(*sample(_CONDITION)).predict(grid[:, None], return_cov=True)
+        yield grid, mean, covariance
