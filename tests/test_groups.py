@@ -170,7 +170,9 @@ def test_a_torch_scheduler_on_a_legw_group_is_an_error(device):
 
 def test_a_schedule_that_is_none(device):
     params = make_params(torch.float32, device, [(4,)])
-    with pytest.raises(ValueError, match=r"param_groups\[0\]: schedule must be a LEGW, an AutoWU or None, got 'cosine'"):
+    with pytest.raises(
+        ValueError, match=r"param_groups\[0\]: schedule must be a LEGW, an AutoWU or None, got 'cosine'"
+    ):
         SGD([dict(params=params, schedule="cosine")])
     optimizer = SGD(params, lr=legw())
     optimizer.param_groups[0]["schedule"] = 0.1
