@@ -111,7 +111,8 @@ def _check_steps(optimizer: FusedOptimizer, groups: list[dict[str, Any]]) -> Non
             )
     else:
         count("steps_applied", given, zero=True)
-    check_place(groups, optimizer.steps_applied if given is None else given)
+    known = groups[: len(optimizer.param_groups)]  # more are for torch to refuse
+    check_place(known, optimizer.steps_applied if given is None else given)
 
 
 def unbox(state: dict[Any, Any]) -> defaultdict[Any, dict[str, Any]]:
