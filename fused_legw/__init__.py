@@ -3,6 +3,7 @@
 from . import reference
 from .adam import Adam, AdamW
 from .amp import GradScaler
+from .autowu import AutoWU
 from .decays import Constant, Cosine, Exponential, MultiStep, Polynomial
 from .follow import FollowSchedule
 from .grouping import param_groups
@@ -20,6 +21,7 @@ __all__ = [
     "SGD",
     "Adam",
     "AdamW",
+    "AutoWU",
     "Constant",
     "Cosine",
     "Exponential",

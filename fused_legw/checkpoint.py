@@ -12,12 +12,13 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
+from .autowu import AutoWU
 from .checks import check_state, check_step, naming
 from .decays import count
 from .flat import MASTER, STEP
 from .layout import check_params
-from .rule import check_written_lr
-from .schedule import LEGW
+from .rule import check_place, check_written_lr
+from .schedule import LEGW, Schedule
 
 if TYPE_CHECKING:
     from .optimizer import FusedOptimizer
@@ -59,6 +60,7 @@ def pack(optimizer: FusedOptimizer, state_dict: StateDict) -> StateDict:
 def unpack(optimizer: FusedOptimizer, state_dict: StateDict) -> StateDict:
     """A state dict, ours or torch.optim's, made fit for torch's load_state_dict; raises before anything changes."""
     groups = [dict(group) for group in state_dict["param_groups"]]
+    made = dict[str, Schedule]()  # groups that shared a schedule go on sharing one
     for i, (group, live) in enumerate(zip(groups, optimizer.param_groups, strict=False)):
         label = f"the state dict's param_groups[{i}]"
         for name, default in optimizer.defaults.items():
@@ -66,8 +68,9 @@ def unpack(optimizer: FusedOptimizer, state_dict: StateDict) -> StateDict:
         with naming(label):
             if group["schedule"] is None:  # torch.optim's, or of a run without: the optimizer keeps its own
                 group["schedule"] = live["schedule"]
-            elif not isinstance(group["schedule"], LEGW):
-                group["schedule"] = LEGW.from_dict(group["schedule"])
+            elif not isinstance(group["schedule"], Schedule):
+                values = group["schedule"]
+                group["schedule"] = made.get(repr(values)) or made.setdefault(repr(values), _schedule(values))
             optimizer._rule.check(group)
         check_written_lr(label, group["lr"])
         optimizer._rule.complete(group)
@@ -89,6 +92,12 @@ def unpack(optimizer: FusedOptimizer, state_dict: StateDict) -> StateDict:
     return {**state_dict, "state": state, "param_groups": groups}
 
 
+def _schedule(values: Any) -> Schedule:
+    """What `to_dict` gave."""
+    kind = AutoWU if isinstance(values, dict) and values.get("name") == "AutoWU" else LEGW
+    return kind.from_dict(values)
+
+
 def _check_steps(optimizer: FusedOptimizer, groups: list[dict[str, Any]]) -> None:
     steps = [group.get("steps_applied") for group in groups]
     if any(other != steps[0] for other in steps):
@@ -102,6 +111,8 @@ def _check_steps(optimizer: FusedOptimizer, groups: list[dict[str, Any]]) -> Non
             )
     else:
         count("steps_applied", given, zero=True)
+    known = groups[: len(optimizer.param_groups)]  # more are for torch to refuse
+    check_place(known, optimizer.steps_applied if given is None else given)
 
 
 def unbox(state: dict[Any, Any]) -> defaultdict[Any, dict[str, Any]]:

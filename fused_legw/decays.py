@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
 from fractions import Fraction
@@ -47,22 +48,45 @@ def exact(value: float) -> Fraction:
     return Fraction(str(value))
 
 
-def whole_updates(epochs: float, steps_per_epoch: Fraction) -> int:
-    """ceil(epochs * steps_per_epoch), where 3 epochs of 10/3 updates are 10 whatever the floats say."""
-    updates = exact(epochs) * steps_per_epoch
-    nearest = round(updates)
-    return nearest if abs(updates - nearest) <= Fraction(1, 10**12) * max(1, nearest) else math.ceil(updates)
+class Clock:
+    """Epochs by update, exactly, where the updates per epoch may change: they do with the batch."""
+
+    def __init__(self, stretches: Sequence[tuple[int, Fraction]]) -> None:
+        """stretches: the first update of each, and its updates per epoch; the first begins at 0."""
+        self._begins, self._paces = [begin for begin, _ in stretches], [pace for _, pace in stretches]
+        self._epochs = [Fraction(0)]
+        for (begin, pace), end in zip(stretches, self._begins[1:], strict=False):
+            self._epochs.append(self._epochs[-1] + (end - begin) / pace)
+
+    @property
+    def steps_per_epoch(self) -> Fraction:
+        """Of the last stretch."""
+        return self._paces[-1]
+
+    def epoch(self, t: Fraction | int) -> Fraction:
+        """The epochs done after t updates."""
+        i = bisect_right(self._begins, t) - 1
+        return self._epochs[i] + (t - self._begins[i]) / self._paces[i]
+
+    def update(self, epoch: Fraction | int) -> Fraction:
+        """The t at which so many epochs are done, by the last stretch's pace: it may lie before that, or before 0."""
+        return self._begins[-1] + (epoch - self._epochs[-1]) * self.steps_per_epoch
+
+    def whole_update(self, epoch: Fraction) -> int:
+        """The first whole t then or later, where 3 epochs of 10/3 updates are 10 whatever the floats say."""
+        t = self.update(epoch)
+        nearest = round(t)
+        return nearest if abs(t - nearest) <= Fraction(1, 10**12) * max(1, nearest) else math.ceil(t)
 
 
 class Run(NamedTuple):
     """What a decay must know of the run it belongs to."""
 
     peak_lr: float
-    warmup_epochs: float
     warmup_steps: float
+    warmup_end: Fraction  # in epochs
     epochs: float | None
-    total_steps: float | None
-    steps_per_epoch: Fraction
+    clock: Clock
 
 
 @dataclass(frozen=True)
@@ -108,7 +132,7 @@ class MultiStep(Decay):
         return {"kind": scalars.MULTISTEP, "log_rate": math.log(self.factor)}
 
     def boundaries(self, run: Run) -> tuple[int, ...]:
-        return tuple(whole_updates(epoch, run.steps_per_epoch) for epoch in self.milestones)
+        return tuple(run.clock.whole_update(exact(epoch)) for epoch in self.milestones)
 
 
 @dataclass(frozen=True)
@@ -137,22 +161,23 @@ class Exponential(Decay):
     def recipe(self, run: Run) -> dict[str, float]:
         return {
             "kind": scalars.STAIRCASE if self.staircase else scalars.EXPONENTIAL,
-            "start": self.start_epoch * float(run.steps_per_epoch),
-            "pace": 1 / (self.every_epochs * float(run.steps_per_epoch)),
+            "start": float(run.clock.update(exact(self.start_epoch))),
+            "pace": 1 / (self.every_epochs * float(run.clock.steps_per_epoch)),
             "log_rate": math.log(self.rate),
         }
 
 
-def _ending(run: Run, decay: Decay, end_lr: float, start: float) -> dict[str, float]:
-    """The fields shared by the decays that end at T = epochs * steps_per_epoch."""
+def _ending(run: Run, decay: Decay, end_lr: float, start_epoch: Fraction) -> dict[str, float]:
+    """The fields shared by the decays that end with the run's epochs."""
     name = type(decay).__name__
-    if run.total_steps is None:
+    if run.epochs is None:
         raise ValueError(f"epochs must be given for decay={name}, got None")
-    end, warmup = run.total_steps, run.warmup_steps
-    if end <= warmup:
+    start, end = float(run.clock.update(start_epoch)), float(run.clock.update(exact(run.epochs)))
+    if end <= float(run.clock.update(run.warmup_end)):
         raise ValueError(
             f"epochs={run.epochs!r} ends the run after {end:g} updates, inside its warm-up of "
-            f"warmup_steps={warmup:g} ({run.warmup_epochs:g} epochs): decay={name} has nothing left to decay over"
+            f"warmup_steps={run.warmup_steps:g} ({float(run.warmup_end):g} epochs): decay={name} has nothing left to "
+            "decay over"
         )
     if end_lr > run.peak_lr:
         raise ValueError(f"end_lr must be at most the peak LR {run.peak_lr!r}, got {end_lr!r}")
@@ -178,7 +203,7 @@ class Polynomial(Decay):
             fail("span", self.span, "'remaining' or 'whole'")
 
     def recipe(self, run: Run) -> dict[str, float]:
-        start = run.warmup_steps if self.span == "remaining" else 0.0
+        start = run.warmup_end if self.span == "remaining" else Fraction(0)
         shared = _ending(run, self, self.end_lr, start)
         return {"kind": scalars.POLYNOMIAL, "power": self.power, **shared}
 
@@ -196,7 +221,7 @@ class Cosine(Decay):
         assign(self, end_lr=number("end_lr", self.end_lr, zero=True))
 
     def recipe(self, run: Run) -> dict[str, float]:
-        return {"kind": scalars.COSINE, **_ending(run, self, self.end_lr, run.warmup_steps)}
+        return {"kind": scalars.COSINE, **_ending(run, self, self.end_lr, run.warmup_end)}
 
 
 DECAYS = {decay.__name__: decay for decay in (Constant, MultiStep, Exponential, Polynomial, Cosine)}

@@ -164,6 +164,12 @@ class Layout:
             return True
         return thorough and any(segment.moved for bucket in self.buckets for segment in bucket.segments)
 
+    def follow(self) -> None:
+        """Take the groups' schedules as they are now for those this was built for: they fit its tables."""
+        self._built_for = [
+            (group["schedule"], params) for group, (_, params) in zip(self._groups, self._built_for, strict=True)
+        ]
+
     def _state_changed(self, state: State) -> bool:
         """Whether someone else changed the optimizer's state; entry by entry only where it holds other objects."""
         held = [*state, *chain.from_iterable(map(dict.values, state.values()))]

@@ -13,8 +13,8 @@ from . import checkpoint, checks
 from .control import Control
 from .decays import count
 from .layout import Layout, check_params, named_params
-from .rule import Group, Rule, Written, check_written_lr, group_lr
-from .schedule import LEGW
+from .rule import Group, Rule, Written, check_place, check_written_lr, group_lr
+from .schedule import Schedule
 
 
 class FusedOptimizer(torch.optim.Optimizer):
@@ -89,6 +89,7 @@ class FusedOptimizer(torch.optim.Optimizer):
                 self._check_made(group)
             self._rule.complete(group)
             if self._layout is not None:
+                check_place([group], self.steps_applied)
                 check_params(self._rule, self.param_groups, self.state, self._options["backend"])
         except BaseException:
             self.param_groups.pop()
@@ -98,7 +99,7 @@ class FusedOptimizer(torch.optim.Optimizer):
 
     def _check_made(self, group: Group) -> None:
         """Refuse the options of a group that is being made; a schedule given as its LR goes where it belongs."""
-        if isinstance(group["lr"], LEGW):
+        if isinstance(group["lr"], Schedule):
             group["schedule"], group["lr"] = group["lr"], 0.0
         self._rule.check(group)
         self._rule.check_made(group)
@@ -111,10 +112,57 @@ class FusedOptimizer(torch.optim.Optimizer):
     @steps_applied.setter
     def steps_applied(self, value: int) -> None:
         value = count("steps_applied", value, zero=True)
+        check_place(self.param_groups, value)
         for device in self._layout.devices if self._layout else ():
             device.counts[0] = value
         self._host_steps, self._steps_given = value, True
         self._show_lr()
+
+    def set_batch_size(self, batch_size: int, *, steps_per_epoch: float | None = None) -> None:
+        """Go on at another batch size, in every group that follows a schedule: see `LEGW.change_batch_size`.
+
+        The warm-up goes on by updates and so never restarts, the decay by epochs, and the peak LR becomes the batch's.
+        `param_groups[i]["schedule"]` and state dicts show it. Nothing is compiled or captured again: captured CUDA
+        graphs follow after `upload_param_groups()`, as with every change to groups. Reads the device, unless this is
+        the batch already.
+
+        Args:
+            batch_size: the global, effective batch of the updates that follow.
+            steps_per_epoch: updates per epoch at that batch, as of `LEGW`.
+
+        Raises ValueError, before anything changes, for a batch size that the schedule refuses, and where no group
+        follows a schedule; RuntimeError during a graph capture.
+
+        >>> import torch
+        >>> from fused_legw import LEGW, SGD
+        >>> schedule = LEGW(0.1, 16, 0.5, batch_size=64, dataset_size=1280)
+        >>> optimizer = SGD(torch.nn.Linear(4, 2).parameters(), lr=schedule)
+        >>> optimizer.set_batch_size(256)
+        >>> optimizer.param_groups[0]["schedule"].peak_lr / schedule.peak_lr
+        2.0
+        """
+        batch_size = count("batch_size", batch_size)
+        scheduled = [group for group in self.param_groups if group["schedule"] is not None]
+        if not scheduled:
+            raise ValueError(f"batch_size={batch_size}: no param group follows a schedule that could move to it")
+        if self._layout is not None and self._layout.capturing:
+            raise RuntimeError(f"set_batch_size({batch_size}) was called in a graph capture: call it outside")
+        # By identity: groups that share a schedule go on sharing one.
+        schedules: dict[int, Schedule] = {id(group["schedule"]): group["schedule"] for group in scheduled}
+        changing = {key: s for key, s in schedules.items() if not s.has_batch(batch_size, steps_per_epoch)}
+        if not changing:
+            return
+        t = self.steps_applied
+        changed = {
+            key: schedule.change_batch_size(t, batch_size, steps_per_epoch=steps_per_epoch)
+            for key, schedule in changing.items()
+        }
+        fits = self._layout is not None and not self._layout.stale(self.param_groups, self.state)
+        for group in scheduled:
+            if (key := id(group["schedule"])) in changed:
+                group["schedule"] = changing[key].become(changed[key])
+        if self._layout is not None and fits:
+            self._layout.follow()
 
     def get_last_lr(self) -> list[float]:
         """Each group's LR at the last applied update, exactly (before any: at the first). Reads the device.
@@ -168,6 +216,7 @@ class FusedOptimizer(torch.optim.Optimizer):
         """(Re)build the flat buffers from the parameters and `self.state` as they are now."""
         check_params(self._rule, self.param_groups, self.state, self._options["backend"])
         steps = self.steps_applied if steps_applied is None else steps_applied
+        check_place(self.param_groups, steps)
         self._layout = Layout(
             self._rule, self.param_groups, self.state, **self._options, steps_applied=steps, previous=self._layout
         )
@@ -369,7 +418,11 @@ class FusedOptimizer(torch.optim.Optimizer):
         copied = "_options" in state
         given = [group.get("steps_applied") for group in state["param_groups"]]
         steps_applied = state.pop("_steps_applied", given[0] if given else None)
+        followed = [] if copied else [group["schedule"] for group in self.param_groups]
         super().__setstate__({**state, "state": checkpoint.unbox(state["state"])})
+        for group, schedule in zip(self.param_groups, followed, strict=False):
+            if schedule is not None and group["schedule"] is not None:
+                group["schedule"] = schedule.become(group["schedule"])
         if copied:
             self._layout, self._host_steps, self._steps_given = None, 0, False
             self._written = Written(self._rule, self.defaults)

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from . import variants
-from .schedule import LEGW
+from .schedule import LEGW, Schedule
 
 LAYOUT = frozenset(
     {"foreach", "fused", "differentiable", "capturable", "backend", "flatten", "master_weights", "carry_norms", "tile"}
@@ -49,7 +49,7 @@ class _Reference(torch.optim.Optimizer):
             return loss
         for group in self.param_groups:
             lr = group["lr"]
-            lr = lr(self.steps_applied) * group.get("lr_scale", 1.0) if isinstance(lr, LEGW) else float(lr)
+            lr = lr(self.steps_applied) * group.get("lr_scale", 1.0) if isinstance(lr, Schedule) else float(lr)
             clip = self._clip(norm, group)
             for p in group["params"]:
                 if p.grad is not None:

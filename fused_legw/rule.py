@@ -15,7 +15,8 @@ from torch import Tensor
 from legw_kernels import scalars
 
 from . import checks
-from .schedule import LEGW
+from .autowu import AutoWU
+from .schedule import LEGW, Schedule
 
 Group = dict[str, Any]  # one of torch.optim's param_groups
 Gradients = Sequence[Tensor | None]  # one per segment of a bucket, in the parameter's layout
@@ -46,8 +47,8 @@ class Rule:
         Reads no tensor that is not on the CPU.
         """
         schedule = group["schedule"]
-        if schedule is not None and not isinstance(schedule, LEGW):
-            raise ValueError(f"schedule must be a LEGW or None, got {schedule!r}")
+        if schedule is not None and not isinstance(schedule, Schedule):
+            raise ValueError(f"schedule must be a LEGW, an AutoWU or None, got {schedule!r}")
         checks.check_number("lr_scale", group.get("lr_scale", 1.0))
         checks.check_scalar("weight_decay", group["weight_decay"], "weight_decay value")
         checks.check_flag("maximize", group["maximize"])
@@ -101,19 +102,30 @@ class Rule:
 
 def check_written_lr(label: str, lr: Any) -> None:
     """Refuse an LR written to a group, or loaded. Negative ones torch.optim follows: a LambdaLR past its end, say."""
-    if isinstance(lr, LEGW):
+    if isinstance(lr, Schedule):
         raise TypeError(f"{label}['lr'] is {lr}: set {label}['schedule'] instead")
     checks.check_scalar(f"{label}['lr']", lr, low=-math.inf)
+
+
+def check_place(groups: list[Group], steps_applied: int) -> None:
+    """Refuse a place in a schedule from before its batch last changed: kernels are not told what it was then."""
+    for group in groups:
+        since = group["schedule"].since if group["schedule"] is not None else 0
+        if steps_applied < since:
+            raise ValueError(
+                f"steps_applied={steps_applied} lies before update {since}, where the batch size of "
+                f"{group['schedule']} changed: set a schedule of one batch size first, its with_batch_size"
+            )
 
 
 class Written:
     """A rule's check of groups that anyone may have written to, made only where something was.
 
     It is left out where the options of a group are the very objects that passed it last. Of types that can change in
-    place none pass for good, but for tensors in a tuple.
+    place none pass for good, but for tensors in a tuple, and AutoWU, which checks itself.
     """
 
-    _IMMUTABLE = frozenset({type(None), bool, int, float, str, tuple, LEGW})
+    _IMMUTABLE = frozenset({type(None), bool, int, float, str, tuple, LEGW, AutoWU})
 
     def __init__(self, rule: Rule, defaults: Group) -> None:
         self._rule = rule

@@ -1,23 +1,96 @@
-"""LEGW: linear-epoch gradual warm-up (You et al. 2019, arXiv 1901.08256)."""
+"""What a schedule is to the optimizers, and LEGW: linear-epoch gradual warm-up (You et al. 2019, arXiv 1901.08256)."""
 
 from __future__ import annotations
 
 import math
 from bisect import bisect_right
+from collections.abc import Sequence
 from dataclasses import KW_ONLY, asdict, dataclass, replace
 from fractions import Fraction
 from functools import cached_property
-from typing import Any, Literal
+from itertools import pairwise
+from typing import Any, Literal, NamedTuple
 
 from legw_kernels import scalars
 
-from .decays import DECAYS, Constant, Decay, Run, assign, count, exact, fail, number
+from .decays import DECAYS, Clock, Constant, Decay, Run, assign, count, exact, fail, number
 
 _SCALINGS = {"sqrt": math.sqrt, "linear": lambda k: k, "none": lambda k: 1.0}
 
 
+class Schedule:
+    """What the optimizers take as `lr=` besides numbers: an LR for each update, by constants that kernels can read.
+
+    recipe: those constants; they hold for every update from `since` on. milestones: the updates that a MultiStep decay
+    counts; as many as there were, whatever happens to the batch.
+    """
+
+    recipe: scalars.Recipe
+    milestones: tuple[int, ...]
+
+    @property
+    def since(self) -> int:
+        """The update at which the batch last changed; 0 where it never did."""
+        raise NotImplementedError
+
+    @property
+    def peak_lr(self) -> float:
+        """The LR at the end of the warm-up."""
+        raise NotImplementedError
+
+    def __call__(self, t: int) -> float:
+        """The float64 LR of the update made after t completed ones (t = 0, 1, 2, ...)."""
+        t = count("t", t, zero=True)
+        then = self.as_of(t)
+        passed = bisect_right(then.milestones, t)
+        return float(scalars.learning_rate(float(t), float(passed), then.recipe))
+
+    def as_of(self, t: int) -> Schedule:
+        """The schedule that update t followed, before later changes of the batch."""
+        raise NotImplementedError
+
+    def has_batch(self, batch_size: int, steps_per_epoch: float | None) -> bool:
+        """Whether that is the batch now; raises as `change_batch_size` does for arguments that are none."""
+        raise NotImplementedError
+
+    def change_batch_size(self, t: int, batch_size: int, *, steps_per_epoch: float | None = None) -> Schedule:
+        """The schedule that goes on at another batch size after t updates. This one stays as it is."""
+        raise NotImplementedError
+
+    def become(self, other: Schedule) -> Schedule:
+        """What an optimizer that follows this one is to follow when it moves to the other."""
+        return other
+
+    def to_dict(self) -> dict[str, Any]:
+        """The schedule as primitives, for checkpoints and JSON."""
+        raise NotImplementedError
+
+
+class Stretch(NamedTuple):
+    """Updates that were made at another batch size than those after them. end: the update at which it changed."""
+
+    end: int
+    batch_size: int
+    steps_per_epoch: float
+
+
+def _stretches(earlier: Any) -> tuple[Stretch, ...]:
+    """`LEGW.earlier`, checked."""
+    if isinstance(earlier, str) or not isinstance(earlier, Sequence):
+        fail("earlier", earlier, "a sequence of (end, batch_size, steps_per_epoch)")
+    stretches = list[Stretch]()
+    for entry in earlier:
+        if isinstance(entry, str) or not isinstance(entry, Sequence) or len(entry) != 3:
+            fail("earlier", entry, "a sequence of (end, batch_size, steps_per_epoch)")
+        end, batch_size, steps = entry
+        stretches.append(Stretch(count("end", end), count("batch_size", batch_size), number("steps_per_epoch", steps)))
+    if any(a.end >= b.end for a, b in pairwise(stretches)):
+        fail("earlier", earlier, "in the order of its ends")
+    return tuple(stretches)
+
+
 @dataclass(frozen=True)
-class LEGW:
+class LEGW(Schedule):
     """The learning rate of a recipe tuned at one batch size, at another batch size, with nothing retuned.
 
     With k = batch_size / base_batch_size: the peak LR is sqrt(k) * base_lr, the warm-up lasts k * base_warmup_epochs
@@ -35,6 +108,7 @@ class LEGW:
         scaling: "sqrt" (LEGW), "linear" (Goyal et al. 2017) or "none".
         steps_per_epoch: updates per epoch; dataset_size / batch_size unless given. With a real loader pass
             `len(loader)`, else the last updates of a run fall past its end.
+        earlier: what `change_batch_size` keeps of the batches before this one.
 
     Raises:
         ValueError: naming the argument and its value.
@@ -56,6 +130,7 @@ class LEGW:
     decay: Decay = Constant()  # noqa: RUF009  # frozen, so it can be shared
     scaling: Literal["sqrt", "linear", "none"] = "sqrt"
     steps_per_epoch: float = None  # type: ignore[assignment]  # a number once made
+    earlier: tuple[Stretch, ...] = ()
 
     def __post_init__(self) -> None:
         assign(
@@ -66,6 +141,7 @@ class LEGW:
             batch_size=count("batch_size", self.batch_size),
             dataset_size=count("dataset_size", self.dataset_size),
             epochs=None if self.epochs is None else number("epochs", self.epochs),
+            earlier=_stretches(self.earlier),
         )
         if not isinstance(self.decay, tuple(DECAYS.values())):
             fail("decay", self.decay, f"an object of one of {', '.join(DECAYS)}")
@@ -79,32 +155,38 @@ class LEGW:
             fail("base_lr", self.base_lr, f"small enough for a finite peak LR at batch_size={self.batch_size}")
         _ = self.recipe  # made now, so that a decay's objections come now
 
-    @cached_property
-    def exact_steps_per_epoch(self) -> Fraction:
+    def _exact_steps_per_epoch(self, batch_size: int, steps_per_epoch: float) -> Fraction:
         """`steps_per_epoch` without its rounding to a float."""
-        ratio = Fraction(self.dataset_size, self.batch_size)
-        return ratio if self.steps_per_epoch == float(ratio) else exact(self.steps_per_epoch)
+        ratio = Fraction(self.dataset_size, batch_size)
+        return ratio if steps_per_epoch == float(ratio) else exact(steps_per_epoch)
+
+    @cached_property
+    def _clock(self) -> Clock:
+        begins = (0, *(stretch.end for stretch in self.earlier))
+        batches = (*(stretch[1:] for stretch in self.earlier), (self.batch_size, self.steps_per_epoch))
+        return Clock([(t, self._exact_steps_per_epoch(*batch)) for t, batch in zip(begins, batches, strict=True)])
+
+    @cached_property
+    def _warmup_steps(self) -> Fraction:
+        """W by the first batch: the same at all, but for the rounding of a steps_per_epoch that was given."""
+        _, batch_size, steps_per_epoch = (*self.earlier, (0, self.batch_size, self.steps_per_epoch))[0]
+        scale = Fraction(batch_size, self.base_batch_size)
+        return exact(self.base_warmup_epochs) * scale * self._exact_steps_per_epoch(batch_size, steps_per_epoch)
 
     @property
     def _run(self) -> Run:
-        return Run(
-            self.peak_lr,
-            self.warmup_epochs,
-            self.warmup_steps,
-            self.epochs,
-            self.total_steps,
-            self.exact_steps_per_epoch,
-        )
+        end = self._clock.epoch(self._warmup_steps)
+        return Run(self.peak_lr, self.warmup_steps, end, self.epochs, self._clock)
 
     @cached_property
-    def recipe(self) -> scalars.Recipe:
+    def recipe(self) -> scalars.Recipe:  # type: ignore[override]
         """The schedule's constants in updates, as the host formula and the kernels take them."""
         peak, steps = self.peak_lr, self.warmup_steps
         warmup = scalars.Recipe(peak_lr=peak, warmup_steps=steps, slope=peak / steps if steps else 0.0)
         return warmup._replace(**self.decay.recipe(self._run))
 
     @cached_property
-    def milestones(self) -> tuple[int, ...]:
+    def milestones(self) -> tuple[int, ...]:  # type: ignore[override]
         """The updates at which a MultiStep decay passes its milestones."""
         return self.decay.boundaries(self._run)
 
@@ -120,29 +202,79 @@ class LEGW:
 
     @property
     def warmup_epochs(self) -> float:
-        """The warm-up in epochs: k times the recipe's."""
-        return self.scale * self.base_warmup_epochs
+        """The warm-up in epochs: k times the recipe's, at one batch."""
+        return float(self._clock.epoch(self._warmup_steps))
 
     @property
     def warmup_steps(self) -> float:
         """W, the warm-up in updates, may be fractional; without `steps_per_epoch` the same at every batch size."""
-        scale = Fraction(self.batch_size, self.base_batch_size)
-        return float(exact(self.base_warmup_epochs) * scale * self.exact_steps_per_epoch)
+        return float(self._warmup_steps)
 
     @property
     def total_steps(self) -> float | None:
         """T, the run in updates, may be fractional; None without `epochs`."""
-        return None if self.epochs is None else float(exact(self.epochs) * self.exact_steps_per_epoch)
+        return None if self.epochs is None else float(self._clock.update(exact(self.epochs)))
 
-    def __call__(self, t: int) -> float:
-        """The float64 LR of the update made after t completed ones (t = 0, 1, 2, ...)."""
+    @property
+    def since(self) -> int:
+        """The update at which the batch last changed; 0 where it never did."""
+        return self.earlier[-1].end if self.earlier else 0
+
+    def epoch(self, t: int) -> float:
+        """The epochs done after t updates."""
+        return float(self._clock.epoch(count("t", t, zero=True)))
+
+    def as_of(self, t: int) -> LEGW:
+        """The schedule that update t followed, before later changes of the batch."""
+        if t >= self.since:
+            return self
+        i = bisect_right([stretch.end for stretch in self.earlier], t)
+        _, batch_size, steps_per_epoch = self.earlier[i]
+        return replace(self, batch_size=batch_size, steps_per_epoch=steps_per_epoch, earlier=self.earlier[:i])
+
+    def has_batch(self, batch_size: int, steps_per_epoch: float | None = None) -> bool:
+        """Whether updates are made at this batch now."""
+        batch_size = count("batch_size", batch_size)
+        steps = (
+            self.dataset_size / batch_size if steps_per_epoch is None else number("steps_per_epoch", steps_per_epoch)
+        )
+        return (batch_size, steps) == (self.batch_size, self.steps_per_epoch)
+
+    def change_batch_size(self, t: int, batch_size: int, *, steps_per_epoch: float | None = None) -> LEGW:
+        """This run, going on at another batch size after t updates.
+
+        The warm-up goes on by updates: its length W is the same at every batch. The decay goes on by epochs, from where
+        it is; from t on an update is batch_size / dataset_size of one, or 1 / steps_per_epoch. The peak LR becomes the
+        batch's. Up to t the LR stays what it was. `optimizer.set_batch_size` does this to a running optimizer.
+
+        Args:
+            t: updates made so far, no fewer than at an earlier change.
+            batch_size: the global batch of the updates that follow.
+            steps_per_epoch: as of the class.
+
+        Raises:
+            ValueError: naming the argument and its value; also where the run would now end inside its warm-up.
+
+        >>> from fused_legw import Cosine
+        >>> schedule = LEGW(0.1, 16, 0.5, batch_size=64, dataset_size=1280, epochs=10, decay=Cosine())
+        >>> larger = schedule.change_batch_size(100, 256)  # half of the run: 5 epochs of 20 updates
+        >>> larger.peak_lr / schedule.peak_lr, schedule.total_steps, larger.total_steps
+        (2.0, 200.0, 125.0)
+        >>> larger(99) == schedule(99)
+        True
+        """
         t = count("t", t, zero=True)
-        passed = bisect_right(self.milestones, t)
-        return float(scalars.learning_rate(float(t), float(passed), self.recipe))
+        if t < self.since:
+            fail("t", t, f"at least {self.since}, where the batch size last changed")
+        # A batch that made no update leaves no trace.
+        stretch = (Stretch(t, self.batch_size, self.steps_per_epoch),) if t > self.since else ()
+        values = dict[str, Any](batch_size=batch_size, steps_per_epoch=steps_per_epoch)
+        return replace(self, **values, earlier=(*self.earlier, *stretch))
 
     def with_batch_size(self, batch_size: int, *, steps_per_epoch: float | None = None) -> LEGW:
-        """The same recipe at another batch size. steps_per_epoch belongs to a batch, so it is not carried over."""
-        return replace(self, batch_size=batch_size, steps_per_epoch=steps_per_epoch)  # type: ignore[arg-type]
+        """The recipe at another batch from the start; steps_per_epoch belongs to a batch and is not carried over."""
+        values = dict[str, Any](batch_size=batch_size, steps_per_epoch=steps_per_epoch)
+        return replace(self, **values, earlier=())
 
     def plot(self, ax: Any = None, **line: Any) -> Any:
         """Draw LR against epochs with matplotlib (the extra `fused-legw[plot]`); returns the Axes.
@@ -160,13 +292,14 @@ class LEGW:
         updates = sorted({round(last * i / 1000) for i in range(1000)} | {t + d for t in joints for d in (-1, 0)})
         updates = [t for t in updates if 0 <= t < last]
         line.setdefault("label", f"batch {self.batch_size}")
-        ax.plot([t / self.steps_per_epoch for t in updates], [self(t) for t in updates], **line)
+        ax.plot([self.epoch(t) for t in updates], [self(t) for t in updates], **line)
         ax.set(xlabel="epoch", ylabel="learning rate")
         return ax
 
     def to_dict(self) -> dict[str, Any]:
         """The schedule as primitives, for checkpoints and JSON."""
-        return {**asdict(self), "decay": {"name": type(self.decay).__name__, **asdict(self.decay)}}
+        decay = {"name": type(self.decay).__name__, **asdict(self.decay)}
+        return {**asdict(self), "decay": decay, "earlier": [list(stretch) for stretch in self.earlier]}
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> LEGW:

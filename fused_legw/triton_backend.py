@@ -65,13 +65,7 @@ class TritonBackend:
         self.device = device = buckets[0].device
         self._rule, self.buckets = rule, buckets
         self.counts = torch.tensor([steps_applied, 0], dtype=torch.int64, device=device)
-        self._milestones, milestones = [], list[int]()
-        for group in groups:
-            passed = group["schedule"].milestones if group["schedule"] else ()
-            self._milestones.append((len(milestones), len(passed)))
-            milestones += passed
-        self._milestone_table = torch.tensor(milestones or [0], dtype=torch.int64, device=device)
-        self._group_table: Table | None = None
+        self._tables: tuple[Table, Table] | None = None  # of the groups, and of their schedules' milestones
         self._segments = [
             torch.tensor(
                 [launch.segment_row(s.param, s.first_tile, s.first_chunk, s.chunk_tiles, s.group) for s in b.segments],
@@ -90,11 +84,11 @@ class TritonBackend:
 
     def begin(self, groups: Sequence[Group], gradients: Sequence[Gradients], control: Control, others: int) -> None:
         """Write the tables of one step. gradients: one list per bucket. others: how many other devices take part."""
-        if self._group_table is None and capturing(self.device):  # pinned memory cannot be made in a capture
+        if self._tables is None and capturing(self.device):  # pinned memory cannot be made in a capture
             raise RuntimeError("optimizer.step() must run eagerly once before it is captured into a graph")
         if control.global_norm or self._rule.adapts:
             self._make_norms(others)
-        group_table = self.write_groups(groups)
+        tables = self.write_groups(groups)
         pairs = [
             (i, dtype)
             for i, some in enumerate(gradients)
@@ -105,12 +99,12 @@ class TritonBackend:
         self._n_totals, self._works = self._others, []
         # A device without any gradient still advances its count, beside the others.
         for i, dtype in pairs or [(0, self.buckets[0].dtype)]:
-            self._works.append(self._work(i, dtype, group_table, gradients[i], control))
+            self._works.append(self._work(i, dtype, tables, gradients[i], control))
         for work in self._works:
             work.n_totals = self._n_totals
 
     def _work(
-        self, index: int, dtype: torch.dtype, group_table: Tensor, gradients: Gradients, control: Control
+        self, index: int, dtype: torch.dtype, tables: tuple[Tensor, Tensor], gradients: Gradients, control: Control
     ) -> Work:
         from legw_kernels import launch
 
@@ -125,8 +119,8 @@ class TritonBackend:
             segments=self._segments[index],
             addresses=table.write(_addresses(bucket, gradients, dtype)),
             chunks=bucket.chunks,
-            groups=group_table,
-            milestones=self._milestone_table,
+            groups=tables[0],
+            milestones=tables[1],
             counts=self.counts,
             steps=bucket.steps,
             shown=bucket.shown_steps,
@@ -233,14 +227,17 @@ class TritonBackend:
             self._address_tables[key] = table, torch.zeros(1, dtype=torch.int32, device=device)
         return self._address_tables[key]
 
-    def write_groups(self, groups: Sequence[Group]) -> Tensor:
-        """The group table with the param groups' values as they are now."""
+    def write_groups(self, groups: Sequence[Group]) -> tuple[Tensor, Tensor]:
+        """The tables of param groups and of milestones, with the groups' values as they are now."""
         from legw_kernels import launch
 
-        rows, on_device = list[float](), list[tuple[int, Tensor]]()
-        for group, milestones in zip(groups, self._milestones, strict=True):
+        rows, on_device, milestones = list[float](), list[tuple[int, Tensor]](), list[int]()
+        for group in groups:
             lr, schedule = group["lr"], group["schedule"]
             tensor = lr if isinstance(lr, Tensor) and schedule is None and lr.device == self.counts.device else None
+            own = schedule.milestones if schedule is not None else ()
+            place = len(milestones), len(own)
+            milestones += own
             if schedule is not None:
                 recipe = schedule.recipe
                 if (scale := group.get("lr_scale", 1.0)) != 1:
@@ -257,10 +254,15 @@ class TritonBackend:
                 hyper.append(0.0 if isinstance(x, Tensor) else x)
             states = sum(1 << self._rule.states.index(name) for name in used)
             clip, vectors = self._rule.clip(group), self._rule.exempts_vectors(group)
-            rows += launch.group_row(recipe, tensor, milestones, states, clip, vectors, hyper)
-        if self._group_table is None:
-            self._group_table = Table(len(rows), torch.float64, self.counts.device, shared=True)
-        table = self._group_table.write(rows)
+            rows += launch.group_row(recipe, tensor, place, states, clip, vectors, hyper)
+        if self._tables is None:
+            device = self.counts.device
+            # Sizes hold as long as this object does: another schedule makes another, a change of the batch keeps them.
+            self._tables = (
+                Table(len(rows), torch.float64, device, shared=True),
+                Table(max(1, len(milestones)), torch.int64, device, shared=True),
+            )
+        table, milestone_table = self._tables[0].write(rows), self._tables[1].write(milestones or [0])
         for i, x in on_device:
             table[i].copy_(x.reshape(()))
-        return table
+        return table, milestone_table

@@ -170,12 +170,14 @@ def test_a_torch_scheduler_on_a_legw_group_is_an_error(device):
 
 def test_a_schedule_that_is_none(device):
     params = make_params(torch.float32, device, [(4,)])
-    with pytest.raises(ValueError, match=r"param_groups\[0\]: schedule must be a LEGW or None, got 'cosine'"):
+    with pytest.raises(
+        ValueError, match=r"param_groups\[0\]: schedule must be a LEGW, an AutoWU or None, got 'cosine'"
+    ):
         SGD([dict(params=params, schedule="cosine")])
     optimizer = SGD(params, lr=legw())
     optimizer.param_groups[0]["schedule"] = 0.1
     give_gradients(0, params)
-    with pytest.raises(ValueError, match=r"must be a LEGW or None, got 0\.1"):
+    with pytest.raises(ValueError, match=r"must be a LEGW, an AutoWU or None, got 0\.1"):
         optimizer.step()
 
 

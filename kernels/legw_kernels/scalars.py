@@ -25,6 +25,7 @@ STAIRCASE = 5
 EXPONENTIAL = 6
 POLYNOMIAL = 7
 COSINE = 8
+EXPONENTIAL_THEN_COSINE = 9  # AutoWU: its warm-up, then a cosine
 
 
 class Recipe(NamedTuple):
@@ -36,11 +37,11 @@ class Recipe(NamedTuple):
     kind: float = FIXED
     peak_lr: float = 0.0
     warmup_steps: float = 0.0  # W, may be fractional; 0: no warm-up
-    slope: float = 0.0  # peak_lr / W
+    slope: float = 0.0  # peak_lr / W; where the warm-up is exponential, its first LR
     start: float = 0.0  # the update the decay counts from
     end: float = 0.0  # T, for the decays that end
     pace: float = 0.0  # 1 / the length of the decay: of one period, or from start to end
-    log_rate: float = 0.0  # log of the factor of one milestone or period
+    log_rate: float = 0.0  # log of the factor of one milestone or period; of one update of an exponential warm-up
     power: float = 1.0
     floor: float = 0.0  # end_lr / peak_lr
 
@@ -82,7 +83,7 @@ def decay_factor(t, passed, r):
     if r.kind == EXPONENTIAL:
         factors = max((t - r.start) * r.pace, 0.0)
     value = tl.exp(min(factors * r.log_rate, most))  # 1 for a constant
-    if r.kind == POLYNOMIAL or r.kind == COSINE:
+    if r.kind >= POLYNOMIAL:
         # What is left of the decay, 1 - s, taken from the end so that nothing cancels near it.
         left = min(max((r.end - t) * r.pace, 0.0), 1.0)
         shape = 0.0 * t
@@ -97,10 +98,17 @@ def decay_factor(t, passed, r):
 
 
 def learning_rate(t, passed, r):
-    """LEGW's LR of the update made after t completed ones: peak * min(1, (t + 1) / W) * (decay(t) once t >= W)."""
+    """The LR of the update made after t completed ones: LEGW's is peak * min(1, (t + 1) / W) * (decay(t) once t >= W).
+
+    AutoWU's warm-up is min_lr * (max_lr / min_lr)^(t / Tw) while t < W, which counts the updates already made.
+    """
     lr = r.peak_lr
-    if t + 1.0 < r.warmup_steps:
-        lr = r.slope * (t + 1.0)
+    if r.kind == EXPONENTIAL_THEN_COSINE:
+        if t < r.warmup_steps:
+            lr = r.slope * tl.exp(r.log_rate * t)
+    else:
+        if t + 1.0 < r.warmup_steps:
+            lr = r.slope * (t + 1.0)
     if t >= r.warmup_steps:
         lr = r.peak_lr * decay_factor(t, passed, r)
     return lr
