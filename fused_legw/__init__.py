@@ -2,6 +2,7 @@
 
 from . import reference
 from .adam import Adam, AdamW
+from .adamp import AdamP
 from .amp import GradScaler
 from .decays import Constant, Cosine, Exponential, MultiStep, Polynomial
 from .follow import FollowSchedule
@@ -19,6 +20,7 @@ __all__ = [
     "LEGW",
     "SGD",
     "Adam",
+    "AdamP",
     "AdamW",
     "Constant",
     "Cosine",

@@ -18,7 +18,7 @@ from .schedule import LEGW
 
 Group = dict[str, Any]  # one of torch.optim's param_groups
 Gradients = Sequence[Tensor | None]  # one per segment of a bucket, in the parameter's layout
-Hyper = scalars.MomentumHyper | scalars.AdamHyper
+Hyper = scalars.MomentumHyper | scalars.AdamHyper | scalars.AdamPHyper
 
 _ROW, _SMALL = 256, 4096  # of a small tensor `norms` takes the elements, of others the norms of rows
 
@@ -29,7 +29,8 @@ class Rule:
     name: the kernels' rule, in `legw_kernels.rules.RULES`. states: torch's names, in that rule's order. counts: whether
     optimizer.state holds each parameter's "step". adapts: whether updates have a trust ratio. two_stage: whether the
     states advance as that is measured, which a global norm must come before. carries: whether the norms of the weights
-    may be carried over from the last step.
+    may be carried over from the last step. projects: whether updates are projected by rows, the slices of a tensor at each
+    index of its first dimension, which must then be contiguous in memory.
     """
 
     name: str
@@ -38,6 +39,7 @@ class Rule:
     adapts = False
     two_stage = False
     carries = False
+    projects = False
 
     def check(self, group: Group) -> None:
         """Raise for options of the wrong kind or out of range, however they came into the group; LRs are checked apart.
