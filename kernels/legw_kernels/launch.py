@@ -93,9 +93,10 @@ def group_row(
     return row + [0.0] * (tables.GROUP_WIDTH.value - len(row))
 
 
-def _columns(tile: int) -> int:
-    """Of a tile that has the rows of a tensor for its own: as many as rows, or half of that."""
-    return 1 << (tile.bit_length() - 1) // 2
+def piece_shape(tile: int) -> tuple[int, int]:
+    """The rows and columns that a tile of the row sums has. Half as many elements: it sums four things at once."""
+    columns: int = 1 << tile.bit_length() // 2
+    return tile // 2 // columns, columns
 
 
 @dataclass
@@ -110,25 +111,24 @@ class Rows:
     @classmethod
     def of(cls, params: Sequence[Tensor], tile: int, dtype: torch.dtype, device: torch.device) -> Rows:
         """dtype: of the factors, the compute dtype. A tensor of one dimension or none is one row, not projected."""
-        columns = _columns(tile)
-        table, pieces, n_rows, n_sums = list[list[int]](), list[int](), 0, 0
-        for i, p in enumerate(params):
-            count, length, span, spans = (1, p.numel(), 0, 0)
-            if p.ndim > 1 and p.numel():
-                count, length = len(p), p.numel() // len(p)
-                span = TILES_OF_A_SPAN * columns
-                while span * MOST_SPANS < length:
-                    span *= 2
-                spans = -(-length // span)
-            table.append([count, length, n_rows, len(pieces), n_sums, span, spans])
-            pieces += [i] * (spans * -(-count // (tile // columns)))
-            n_rows += count
+        height, width = piece_shape(tile)
+        counts = [len(p) if p.ndim > 1 and p.numel() else 1 for p in params]
+        factors = torch.zeros(sum(counts) + tile, dtype=dtype, device=device)
+        table, pieces, n_sums, address = list[list[int]](), list[int](), 0, factors.data_ptr()
+        for i, (p, count) in enumerate(zip(params, counts, strict=True)):
+            length, span = p.numel() // count, TILES_OF_A_SPAN * width
+            while span * MOST_SPANS < length:
+                span *= 2
+            spans = -(-length // span) if p.ndim > 1 else 0
+            table.append([count, length, address, len(pieces), n_sums, span, spans])
+            pieces += [i] * (spans * -(-count // height))
             n_sums += spans * count
+            address += count * factors.element_size()
         return cls(
             torch.tensor(table, dtype=torch.int64, device="cpu").to(device),
             torch.tensor(pieces, dtype=torch.int32, device="cpu").to(device),
             torch.zeros(4, max(1, n_sums), dtype=torch.float64, device=device),
-            torch.zeros(n_rows, dtype=dtype, device=device),
+            factors,
         )
 
 
@@ -209,6 +209,7 @@ def project(work: Work, *, clips: bool, skips: bool) -> None:
     """Each row's factor. clips, skips: as in `measure`."""
     rule, rows = RULES[work.rule], work.rows
     assert rows is not None
+    height, width = piece_shape(work.tile)
     n_sums, n_segments, device = rows.sums.shape[1], work.steps.numel(), work.chunks.device
     if n_pieces := rows.pieces.numel():
         launch(
@@ -217,11 +218,11 @@ def project(work: Work, *, clips: bool, skips: bool) -> None:
             *work.states[:2], work.master, work.totals, work.grad_scale, work.found_inf,
             rows.table, rows.pieces, rows.sums, n_pieces, n_sums, n_segments, work.n_totals,
             PREPARE=rule.prepare, ADVANCE=rule.advance, DIRECTION=rule.direction, GLOBAL=clips or skips, SKIP=skips,
-            COLUMNS=_columns(work.tile), **work.dtypes, **options(work.param_dtype),
+            ROWS=height, COLUMNS=width, **work.dtypes, **options(work.param_dtype),
         )  # fmt: skip
     launch(
         factors_kernel, device, max(1, min(n_segments, _most_programs(device, work.param_dtype, 0))),
-        work.segments, work.addresses, work.groups, rows.table, rows.sums, rows.factors, n_sums, n_segments,
+        work.segments, work.addresses, work.groups, rows.table, rows.sums, n_sums, n_segments,
         COMPUTE=compute_dtype(work.param_dtype), **options(work.param_dtype),
     )  # fmt: skip
 
@@ -239,7 +240,7 @@ def update(work: Work, *, clips: bool, skips: bool, clipped: bool, last: bool, a
         update_kernel, work.chunks.device, grid,
         work.segments, work.addresses, work.chunks, work.groups, work.milestones, work.counts, work.steps, work.shown,
         work.ticket, *work.states, work.master, work.partials, work.turn, work.totals, work.ratios,
-        work.rows and work.rows.table, work.rows and work.rows.factors,
+        work.rows and work.rows.table,
         work.grad_scale, work.found_inf, work.nonfinite,
         n_chunks, _runs(n_chunks, grid), work.steps.numel(), work.n_totals,
         PREPARE=rule.prepare, ADVANCE=rule.advance, DIRECTION=rule.direction, MEASURE=rule.measure,

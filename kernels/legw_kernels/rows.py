@@ -9,11 +9,11 @@ Decay and projection are both a multiple of the weight, so that with u the updat
 
     w -= lr * (u + factor * w),    factor = weight_decay * wd_ratio - <w, u> / (|w| + eps)^2, or weight_decay
 
-rows       int64, a row per tensor: its rows and their length, where they begin in `factors`, its pieces in `pieces`,
-           its sums in `sums`; the columns of a span; the spans of a row, 0 of tensors that are not projected
+rows       int64, a row per tensor: its rows and their length, the address of the first one's factor; where its pieces begin
+           in `pieces`, its sums in `sums`; the columns of a span; the spans of a row, 0 of tensors that are not projected
 pieces     int32, one entry per piece: the tensor it belongs to
 sums       float64[4, sums]: of each span of each row <g, w>, <g, g>, <w, w>, <w, u>; a tensor's, span by span
-factors    of the compute dtype, one per row
+factors    of the compute dtype, one per row, then room for a tile
 """
 
 import triton
@@ -25,7 +25,7 @@ from .tiles import load_weight
 # Columns of a row of `rows`.
 ROW_COUNT = tl.constexpr(0)
 ROW_LENGTH = tl.constexpr(1)
-FIRST_ROW = tl.constexpr(2)
+FACTORS = tl.constexpr(2)
 FIRST_PIECE = tl.constexpr(3)
 FIRST_SUM = tl.constexpr(4)
 SPAN = tl.constexpr(5)
@@ -40,20 +40,25 @@ _WD_RATIO = tl.constexpr(11)
 
 
 @triton.jit
-def row_factors(row, factors, start, n, BLOCK: tl.constexpr):
-    """The factors of the BLOCK elements from start, of which n are the tensor's."""
+def _factors(row, COMPUTE: tl.constexpr):
+    return tl.load(row + FACTORS).to(tl.pointer_type(COMPUTE))
+
+
+@triton.jit
+def row_factors(row, start, COMPUTE: tl.constexpr, BLOCK: tl.constexpr):
+    """The factors of the BLOCK elements from start; of those past the tensor's end any."""
     i = tl.arange(0, BLOCK)
     length = tl.load(row + ROW_LENGTH)
     first = start // length
-    pointer = factors + tl.load(row + FIRST_ROW) + first
-    # Elements left in the first row. No more than BLOCK matter, so that the division below is one of int32.
+    pointer = _factors(row, COMPUTE) + first
+    # Elements left in the first row, of which no more than BLOCK matter: offsets are of 32 bits.
     left = tl.minimum((first + 1) * length - start, BLOCK).to(tl.int32)
     if length >= BLOCK:  # at most two rows
-        after = tl.load(pointer + 1, mask=n > left, other=0.0)
-        f = tl.where(i < left, tl.load(pointer), after)
+        f = tl.where(i < left, tl.load(pointer), tl.load(pointer + 1))
     else:
-        k = tl.where(i < left, 0, 1 + (i - left) // tl.minimum(length, BLOCK).to(tl.int32))
-        f = tl.load(pointer + k, mask=i < n, other=0.0)
+        # Unsigned, which takes fewer registers; of the first row it is of no meaning.
+        k = ((i - left).to(tl.uint32) // length.to(tl.uint32)).to(tl.int32)
+        f = tl.load(pointer + tl.where(i < left, 0, k + 1))
     return f
 
 
@@ -62,20 +67,19 @@ def sums_kernel(
     segments, addresses, groups, milestones, counts, steps, shown, state_a, state_b, master, totals,
     grad_scale, found_inf, rows, pieces, sums, n_pieces, n_sums, n_segments, n_totals,
     PREPARE: tl.constexpr, ADVANCE: tl.constexpr, DIRECTION: tl.constexpr, GLOBAL: tl.constexpr, SKIP: tl.constexpr,
-    PARAM: tl.constexpr, GRAD: tl.constexpr, COMPUTE: tl.constexpr, BLOCK: tl.constexpr, COLUMNS: tl.constexpr,
+    PARAM: tl.constexpr, GRAD: tl.constexpr, COMPUTE: tl.constexpr, BLOCK: tl.constexpr,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
     """The four sums of every row of every piece; nothing else is written."""
     _, _, inverse, norm = begin(totals, n_totals, grad_scale, found_inf, GLOBAL, SKIP, COMPUTE)
-    ROWS: tl.constexpr = BLOCK // COLUMNS
     for piece in range(tl.program_id(0), n_pieces, tl.num_programs(0)):
         segment = tl.load(pieces + piece).to(tl.int64)
         row = segments + segment * SEGMENT_WIDTH
         address = tl.load(addresses + segment)
         gradient = tl.load(addresses + n_segments + segment)
         if gradient > 0:
-            # Norms it does not need, so what only trust ratios read may be anything: `totals` stands for it.
-            h, _ = prepare(
-                segment, row, inverse, norm, counts, groups, milestones, steps, shown, totals, None, 0,
+            h, used = prepare(
+                segment, row, inverse, norm, counts, groups, milestones, steps, shown, None, None, 0,
                 PREPARE, GLOBAL, False, None, False, COMPUTE, BLOCK,
             )  # fmt: skip
             own = rows + segment * ROWS_WIDTH
@@ -102,7 +106,7 @@ def sums_kernel(
                 w = tl.where(there, load_weight(p, master, at, COMPUTE), 0.0)
                 a = tl.load(state_a + at, mask=there, other=0.0)
                 b = tl.load(state_b + at, mask=there, other=0.0)
-                a, b, _ = ADVANCE(w, g, a, b, b, h)
+                a, b, c = ADVANCE(w, g, a, b, b, h)
                 # Elsewhere 0 / 0 is possible, of moments and an epsilon of 0.
                 u = tl.where(there, DIRECTION(w, g, a, b, b, h), 0.0)
                 gw += g * w
@@ -148,7 +152,7 @@ def _radial(ww, wu, eps):
 
 @triton.jit(do_not_specialize=["n_sums", "n_segments"])
 def factors_kernel(
-    segments, addresses, groups, rows, sums, factors, n_sums, n_segments, COMPUTE: tl.constexpr
+    segments, addresses, groups, rows, sums, n_sums, n_segments, COMPUTE: tl.constexpr
 ):  # fmt: skip
     """The factor of every row of every tensor with a gradient."""
     for segment in range(tl.program_id(0), n_segments, tl.num_programs(0)):
@@ -163,7 +167,7 @@ def factors_kernel(
             length = tl.load(own + ROW_LENGTH)
             by_row = tl.load(own + SPAN_COUNT) > 0
             whole = by_row
-            others = tl.full([], 0, tl.int32)  # rows along which the gradient points
+            others = tl.full([], 0.0, tl.float64)  # rows along which the gradient points
             gw = tl.full([], 0.0, tl.float64)
             gg = gw
             ww = gw
@@ -173,7 +177,7 @@ def factors_kernel(
                     k = base + tl.arange(0, NORMS_BLOCK)
                     row_gw, row_gg, row_ww, row_wu = _row_sums(own, sums, n_sums, k, n_rows)
                     tangent = _is_tangent(row_gw, row_gg, row_ww, eps, delta, length)
-                    others += tl.sum(((k < n_rows) & (tangent == 0)).to(tl.int32), 0)
+                    others += tl.sum(tl.where((k < n_rows) & (tangent == 0), 1.0, 0.0), 0)
                     gw += tl.sum(row_gw, 0)
                     gg += tl.sum(row_gg, 0)
                     ww += tl.sum(row_ww, 0)
@@ -190,4 +194,4 @@ def factors_kernel(
                     factor -= _radial(row_ww, row_wu, eps)
                 elif whole:
                     factor -= _radial(ww, wu, eps)
-                tl.store(factors + tl.load(own + FIRST_ROW) + k, factor.to(COMPUTE), mask=k < n_rows)
+                tl.store(_factors(own, COMPUTE) + k, factor.to(COMPUTE), mask=k < n_rows)
