@@ -129,7 +129,7 @@ def compile_kernel(
     values = {name: None if absent.get(name) else constants[name] for name in names if signature[name] == "constexpr"}
     aligned = {(i,): [["tt.divisibility", 16]] for i, kind in enumerate(signature.values()) if kind.startswith("*")}
     param_dtype = next(dtype for dtype, kind in launch.DTYPES.items() if kind == _TYPES[param])
-    options = launch.options(param_dtype, states if kernel == "update" else 0, amd=target.startswith("gfx"))
+    options = launch.options(param_dtype, states + device_rule.projects if kernel == "update" else 0, amd=target.startswith("gfx"))
     source = ASTSource(function, signature=signature, constexprs=values, attrs=aligned)
     compiled = triton.compile(source, target=TARGETS[target], options=options)
     ttgir = compiled.asm["ttgir"]

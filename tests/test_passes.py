@@ -7,7 +7,7 @@ import torch
 from cases import give_gradients, legw, make_params
 from conftest import INTERPRETED
 
-from fused_legw import LAMB, LARS, SGD, Adam, AdamW, Cosine, flat
+from fused_legw import LAMB, LARS, SGD, Adam, AdamP, AdamW, Cosine, flat
 
 interpreted = pytest.mark.skipif(not INTERPRETED, reason="counts accesses in the interpreter")
 CLIP = dict(max_grad_norm=1.0)
@@ -99,6 +99,7 @@ TRAFFIC = [
     (LARS, dict(variant="simclr"), 28, 32),
     (LARS, dict(variant="simclr-popular"), 32, 36),
     (LARS, dict(variant="apex-larc"), 28, 28),
+    (AdamP, dict(nesterov=True), 44, 48),
     (LAMB, dict(), 40, 44),
     (LAMB, dict(variant="apex"), 44, 44),
     (LAMB, dict(variant="deepspeed"), 40, 44),

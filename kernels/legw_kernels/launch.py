@@ -30,7 +30,7 @@ DTYPES: dict[torch.dtype, Any] = {
 
 
 def _registers(param_dtype: torch.dtype, states: int) -> int:
-    """The register limit: what the largest variant takes without spilling. states: of the rule, as far as updated."""
+    """The register limit: what the largest variant takes without spilling. states: of the rule, as far as updated; a projection takes as many."""
     if param_dtype == torch.float64:
         return 255
     return 168 if states > 2 else 128
@@ -234,7 +234,7 @@ def update(work: Work, *, clips: bool, skips: bool, clipped: bool, last: bool, a
     on the device. advances: whether that launch advances `counts`.
     """
     rule, n_chunks = RULES[work.rule], work.chunks.numel()
-    states = sum(state is not None for state in work.states)
+    states = sum(state is not None for state in work.states) + rule.projects
     grid = programs(work.chunks, work.param_dtype, states)
     launch(
         update_kernel, work.chunks.device, grid,
