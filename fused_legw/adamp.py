@@ -42,10 +42,15 @@ class AdamPRule(AdamRule):
     def measures_clipped(self, group: Group) -> bool:
         return True  # the update that is projected is of clipped gradients
 
-    def hyper(self, group: Group) -> AdamPHyper:
+    def hyper(self, group: Group) -> Any:
         adam = super().hyper(self._as_adams(group))
         return AdamPHyper(
-            *adam[: AdamPHyper._fields.index("nesterov")],
+            weight_decay=adam.weight_decay,
+            beta1=adam.beta1,
+            beta2=adam.beta2,
+            log_beta1=adam.log_beta1,
+            log_beta2=adam.log_beta2,
+            eps=adam.eps,
             nesterov=float(group["nesterov"]),
             sign=adam.sign,
             delta=number(group["delta"]),

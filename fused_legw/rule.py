@@ -11,14 +11,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from legw_kernels import scalars
-
 from . import checks
 from .schedule import LEGW
 
 Group = dict[str, Any]  # one of torch.optim's param_groups
 Gradients = Sequence[Tensor | None]  # one per segment of a bucket, in the parameter's layout
-Hyper = scalars.MomentumHyper | scalars.AdamHyper | scalars.AdamPHyper
 
 _ROW, _SMALL = 256, 4096  # of a small tensor `norms` takes the elements, of others the norms of rows
 
@@ -29,8 +26,8 @@ class Rule:
     name: the kernels' rule, in `legw_kernels.rules.RULES`. states: torch's names, in that rule's order. counts: whether
     optimizer.state holds each parameter's "step". adapts: whether updates have a trust ratio. two_stage: whether the
     states advance as that is measured, which a global norm must come before. carries: whether the norms of the weights
-    may be carried over from the last step. projects: whether updates are projected by rows, the slices of a tensor at each
-    index of its first dimension, which must then be contiguous in memory.
+    may be carried over from the last step. projects: whether updates are projected by rows, the
+    slices of a tensor at each index of its first dimension, which must then be contiguous in memory.
     """
 
     name: str
@@ -71,8 +68,8 @@ class Rule:
         """The states that a group with these hyper-parameters needs."""
         raise NotImplementedError
 
-    def hyper(self, group: Group) -> Hyper:
-        """The group's hyper-parameters as numbers; those that are tensors on a GPU stay tensors."""
+    def hyper(self, group: Group) -> Any:
+        """The group's hyper-parameters as one of `scalars`' tuples; what is a tensor on a GPU stays one."""
         raise NotImplementedError
 
     def clip(self, group: Group) -> tuple[float, bool]:

@@ -108,7 +108,8 @@ def compile_kernel(
         "ADVANCED": device_rule.two_stage, "GRADIENTS": gradients, "CLIPPED": clipped,
         "GLOBAL": clips or skips, "SKIP": skips, "LAST": last, "ADVANCES": True,
         "PARAM": _TYPES[param], "GRAD": _TYPES[grad or param],
-        "COMPUTE": _TYPES[compute], "BLOCK": tile, "ROWS": launch.piece_shape(tile)[0], "COLUMNS": launch.piece_shape(tile)[1],
+        "COMPUTE": _TYPES[compute], "BLOCK": tile,
+        "ROWS": launch.piece_shape(tile)[0], "COLUMNS": launch.piece_shape(tile)[1],
         "KIND": 0,
     }  # fmt: skip
     absent = {
@@ -129,7 +130,8 @@ def compile_kernel(
     values = {name: None if absent.get(name) else constants[name] for name in names if signature[name] == "constexpr"}
     aligned = {(i,): [["tt.divisibility", 16]] for i, kind in enumerate(signature.values()) if kind.startswith("*")}
     param_dtype = next(dtype for dtype, kind in launch.DTYPES.items() if kind == _TYPES[param])
-    options = launch.options(param_dtype, states + device_rule.projects if kernel == "update" else 0, amd=target.startswith("gfx"))
+    used = states + device_rule.projects if kernel == "update" else 0
+    options = launch.options(param_dtype, used, amd=target.startswith("gfx"))
     source = ASTSource(function, signature=signature, constexprs=values, attrs=aligned)
     compiled = triton.compile(source, target=TARGETS[target], options=options)
     ttgir = compiled.asm["ttgir"]

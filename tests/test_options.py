@@ -41,7 +41,7 @@ WRONG = {
     ),
     Adam: MOMENTS | dict(eps=["x", None, -1, NAN, TWO], amsgrad=["yes", None]),
     AdamW: dict(amsgrad=["yes"]),
-    AdamP: MOMENTS
+    AdamP: {name: values for name, values in MOMENTS.items() if name != "decoupled_weight_decay"}
     | dict(eps=["x", None, -1], nesterov=["yes", None], delta=["x", -1, None, TWO], wd_ratio=["x", NAN, -1, TWO]),
     LAMB: (MOMENTS | {"weight_decay": ["x", NAN, -1, TWO]})  # None is the variant's
     | dict(

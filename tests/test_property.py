@@ -46,9 +46,7 @@ OPTIONS = {
     ),
     Adam: dict(amsgrad=st.booleans(), betas=st.sampled_from([(0.9, 0.999), (0.0, 0.5)])),
     AdamW: dict(amsgrad=st.booleans()),
-    AdamP: dict(
-        delta=st.sampled_from([0.1, 2.0]), wd_ratio=st.sampled_from([0.1, 0.0, 1.0]), nesterov=st.booleans()
-    ),
+    AdamP: dict(delta=st.sampled_from([0.1, 2.0]), wd_ratio=st.sampled_from([0.1, 0.0, 1.0]), nesterov=st.booleans()),
     LAMB: dict(
         variant=st.sampled_from(["paper", "author-tf", "apex", "timm", "deepspeed", "optax"]),
         bias_correction=st.sampled_from([None, None, True, False, "step_size"]),

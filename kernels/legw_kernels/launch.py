@@ -30,7 +30,10 @@ DTYPES: dict[torch.dtype, Any] = {
 
 
 def _registers(param_dtype: torch.dtype, states: int) -> int:
-    """The register limit: what the largest variant takes without spilling. states: of the rule, as far as updated; a projection takes as many."""
+    """The register limit: what the largest variant takes without spilling.
+
+    states: of the rule, as far as updated, and one for a projection.
+    """
     if param_dtype == torch.float64:
         return 255
     return 168 if states > 2 else 128
@@ -136,7 +139,8 @@ class Rows:
 class Work:
     """What the launches of one step on one (parameter dtype, gradient dtype) share; the tables are those of `tables`.
 
-    partials, totals, ratios: needed where norms are. rows: where the rule projects. first_total: where this work's part of `totals` begins.
+    partials, totals, ratios: needed where norms are. rows: where the rule projects.
+    first_total: where this work's part of `totals` begins.
     """
 
     rule: str

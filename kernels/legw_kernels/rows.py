@@ -9,8 +9,8 @@ Decay and projection are both a multiple of the weight, so that with u the updat
 
     w -= lr * (u + factor * w),    factor = weight_decay * wd_ratio - <w, u> / (|w| + eps)^2, or weight_decay
 
-rows       int64, a row per tensor: its rows and their length, the address of the first one's factor; where its pieces begin
-           in `pieces`, its sums in `sums`; the columns of a span; the spans of a row, 0 of tensors that are not projected
+rows       int64, a row per tensor: its rows and their length, the address of the first one's factor; where its pieces
+           begin in `pieces`, its sums in `sums`; the columns of a span; the spans of a row, 0 where nothing is projected
 pieces     int32, one entry per piece: the tensor it belongs to
 sums       float64[4, sums]: of each span of each row <g, w>, <g, g>, <w, w>, <w, u>; a tensor's, span by span
 factors    of the compute dtype, one per row, then room for a tile
@@ -78,7 +78,7 @@ def sums_kernel(
         address = tl.load(addresses + segment)
         gradient = tl.load(addresses + n_segments + segment)
         if gradient > 0:
-            h, used = prepare(
+            h, _used = prepare(
                 segment, row, inverse, norm, counts, groups, milestones, steps, shown, None, None, 0,
                 PREPARE, GLOBAL, False, None, False, COMPUTE, BLOCK,
             )  # fmt: skip
@@ -106,7 +106,7 @@ def sums_kernel(
                 w = tl.where(there, load_weight(p, master, at, COMPUTE), 0.0)
                 a = tl.load(state_a + at, mask=there, other=0.0)
                 b = tl.load(state_b + at, mask=there, other=0.0)
-                a, b, c = ADVANCE(w, g, a, b, b, h)
+                a, b, _largest = ADVANCE(w, g, a, b, b, h)
                 # Elsewhere 0 / 0 is possible, of moments and an epsilon of 0.
                 u = tl.where(there, DIRECTION(w, g, a, b, b, h), 0.0)
                 gw += g * w
