@@ -20,7 +20,7 @@ from .update import update_kernel
 
 HYPER = tables.HYPER.value
 CHUNKS_OF_A_RUN = 16
-TILES_OF_A_SPAN, MOST_SPANS = 16, 64
+TILES_OF_A_SPAN, MOST_SPANS = 32, 64
 DTYPES: dict[torch.dtype, Any] = {
     torch.float32: tl.float32,
     torch.float64: tl.float64,

@@ -10,7 +10,7 @@ Decay and projection are both a multiple of the weight, so that with u the updat
     w -= lr * (u + factor * w),    factor = weight_decay * wd_ratio - <w, u> / (|w| + eps)^2, or weight_decay
 
 rows       int64, a row per tensor: its rows and their length, the address of the first one's factor; where its pieces
-           begin in `pieces`, its sums in `sums`; the columns of a span; the spans of a row, 0 where nothing is projected
+           begin in `pieces`, its sums in `sums`; the columns of a span; the spans of a row, 0: not projected
 pieces     int32, one entry per piece: the tensor it belongs to
 sums       float64[4, sums]: of each span of each row <g, w>, <g, g>, <w, w>, <w, u>; a tensor's, span by span
 factors    of the compute dtype, one per row, then room for a tile
