@@ -55,10 +55,6 @@ def update_tile(
     if not ADVANCED:
         a, b, c = ADVANCE(w, g, a, b, c, h)
     u = DIRECTION(w, g, a, b, c, h)
-    if not ADVANCED:
-        store_state(state_a, at, used & 1, a)
-        store_state(state_b, at, used & 2, b)
-        store_state(state_c, at, used & 4, c)
     if own_rows is not None:
         f = row_factors(own_rows, start, COMPUTE, BLOCK)
         u = tl.where(f != 0, u + f * w, u)  # an infinite weight must not become NaN
@@ -68,6 +64,10 @@ def update_tile(
     store_tile(address, start, n, wide, p, PARAM, BLOCK)
     if master is not None:
         tl.store(master + at, w)
+    if not ADVANCED:
+        store_state(state_a, at, used & 1, a)
+        store_state(state_b, at, used & 2, b)
+        store_state(state_c, at, used & 4, c)
     norm = tl.full([], 0.0, tl.float64)
     if CARRY:
         norm = tile_norm(w if master is not None else p.to(COMPUTE))
