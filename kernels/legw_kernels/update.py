@@ -26,6 +26,13 @@ from .tiles import load_state, load_tile, load_weight, store_state, store_tile
 
 
 @triton.jit
+def _store_states(state_a, state_b, state_c, at, used, a, b, c):
+    store_state(state_a, at, used & 1, a)
+    store_state(state_b, at, used & 2, b)
+    store_state(state_c, at, used & 4, c)
+
+
+@triton.jit
 def update_tile(
     tile, row, where, own_rows, n_segments, h, used, state_a, state_b, state_c, master,
     ADVANCE: tl.constexpr, DIRECTION: tl.constexpr, ADVANCED: tl.constexpr, CARRY: tl.constexpr,
@@ -56,6 +63,8 @@ def update_tile(
         a, b, c = ADVANCE(w, g, a, b, c, h)
     u = DIRECTION(w, g, a, b, c, h)
     if own_rows is not None:
+        # Before the factors come: the registers do not hold both. Elsewhere last, which other rules' registers need.
+        _store_states(state_a, state_b, state_c, at, used, a, b, c)
         f = row_factors(own_rows, start, COMPUTE, BLOCK)
         u = tl.where(f != 0, u + f * w, u)  # an infinite weight must not become NaN
     w = w - h.outer * u
@@ -64,10 +73,8 @@ def update_tile(
     store_tile(address, start, n, wide, p, PARAM, BLOCK)
     if master is not None:
         tl.store(master + at, w)
-    if not ADVANCED:
-        store_state(state_a, at, used & 1, a)
-        store_state(state_b, at, used & 2, b)
-        store_state(state_c, at, used & 4, c)
+    if not ADVANCED and own_rows is None:
+        _store_states(state_a, state_b, state_c, at, used, a, b, c)
     norm = tl.full([], 0.0, tl.float64)
     if CARRY:
         norm = tile_norm(w if master is not None else p.to(COMPUTE))
