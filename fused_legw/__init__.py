@@ -2,6 +2,7 @@
 
 from . import reference
 from .adam import Adam, AdamW
+from .adamp import AdamP
 from .amp import GradScaler
 from .autowu import AutoWU
 from .decays import Constant, Cosine, Exponential, MultiStep, Polynomial
@@ -20,6 +21,7 @@ __all__ = [
     "LEGW",
     "SGD",
     "Adam",
+    "AdamP",
     "AdamW",
     "AutoWU",
     "Constant",

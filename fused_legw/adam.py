@@ -47,7 +47,7 @@ class AdamRule(Rule):
     def used_states(self, group: Group) -> tuple[str, ...]:
         return self.states if group.get("amsgrad") else self.states[:2]
 
-    def hyper(self, group: Group) -> AdamHyper:
+    def hyper(self, group: Group) -> Any:
         return AdamHyper(
             weight_decay=number(group["weight_decay"]),
             beta1=number(group["betas"][0]),

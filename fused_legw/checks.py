@@ -34,6 +34,15 @@ def check_parameter(name: str, p: Tensor) -> None:
         )
 
 
+def check_rows(name: str, p: Tensor) -> None:
+    """Refuse a dense parameter whose slices along its first dimension are not contiguous in memory."""
+    if p.ndim > 1 and len(p) > 1 and p.numel() and p.stride(0) * len(p) != p.numel():
+        raise ValueError(
+            f"{name} is not contiguous by rows: shape {tuple(p.shape)} with strides {p.stride()}; pass a contiguous "
+            "or channels_last tensor"
+        )
+
+
 def check_overlaps(named: Sequence[tuple[str, Tensor]]) -> None:
     """Two updates of the same bytes have no meaning. Disjoint views of one storage are fine."""
     spans = sorted(

@@ -50,7 +50,7 @@ class LAMBRule(AdamRule):
         adapts = bool(group["adapt"]) and not (no_decay and axes["weight_decay"] == 0)
         weight_low, weight_high = axes["weight_norm_clamp"] or (0.0, math.inf)
         ratio_low, ratio_high = axes["trust_clamp"] or (0.0, math.inf)
-        adam = super().hyper(self._as_adams(group))
+        adam: AdamHyper = super().hyper(self._as_adams(group))
         return adam._replace(
             bias_correction=2.0 if kind == "step_size" else float(kind),
             adapt=adapts * (2.0 if axes["weight_norm_clamp"] or axes["trust_clamp"] else 1.0),

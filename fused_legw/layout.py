@@ -35,6 +35,8 @@ def check_params(rule: Rule, groups: list[Group], state: State, backend: str | N
     named = named_params(groups)
     for name, p, group in named:
         checks.check_parameter(name, p)
+        if rule.projects:
+            checks.check_rows(name, p)
         checks.check_lr(groups[group]["lr"], name, p)
         checks.check_state(f"the state of {name}: ", state.get(p, {}), (*rule.states, flat.MASTER), p.shape)
     for device in {p.device for _, p, _ in named}:

@@ -247,6 +247,52 @@ class AdamW(Adam):
         super().__init__(params, lr, betas, eps, weight_decay, amsgrad, **{"decoupled_weight_decay": True, **options})
 
 
+class AdamP(Adam):
+    """AdamP; the formulas are those of `fused_legw.AdamP`."""
+
+    def __init__(
+        self,
+        params: Iterable[Any],
+        lr: float | Tensor | LEGW = 1e-3,
+        betas: tuple[float | Tensor, float | Tensor] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 0,
+        delta: float = 0.1,
+        wd_ratio: float = 0.1,
+        nesterov: bool = False,
+        **options: Any,
+    ) -> None:
+        super().__init__(params, lr, betas, eps, weight_decay, **options)
+        for group in self.param_groups:
+            for name, value in dict(delta=delta, wd_ratio=wd_ratio, nesterov=nesterov).items():
+                group.setdefault(name, value)
+
+    def _update(self, p: Tensor, g: Tensor, lr: float, group: Group) -> None:
+        m, v, correction1, correction2 = self._moments(p, g, group)
+        if group["nesterov"]:
+            beta1 = float(group["betas"][0])
+            m = beta1 * m + (1 - beta1) * g
+        u = m / correction1 / (v.sqrt() / math.sqrt(correction2) + group["eps"])
+        decay = group["weight_decay"]
+        if p.ndim > 1 and p.numel():
+            for rows in (len(p), 1):  # by channel, then the whole layer
+                if self._is_tangent(p.reshape(rows, -1), g.reshape(rows, -1), group):
+                    w = p.reshape(rows, -1)
+                    n = w / (w.norm(dim=1, keepdim=True) + group["eps"])
+                    radial = n * (n * u.reshape(rows, -1)).sum(dim=1, keepdim=True)
+                    u = u - radial.reshape(p.shape)
+                    decay = decay * group["wd_ratio"]
+                    break
+        p *= 1 - lr * decay
+        p -= lr * u
+
+    @staticmethod
+    def _is_tangent(w: Tensor, g: Tensor, group: Group) -> bool:
+        """Whether every row of the gradient is nearly at right angles to that of the weight."""
+        cosines = torch.nn.functional.cosine_similarity(g, w, dim=1, eps=group["eps"])
+        return bool(cosines.abs().max() < group["delta"] / math.sqrt(w.shape[1]))
+
+
 class LAMB(Adam):
     """LAMB; the formulas and axes are those of `fused_legw.LAMB`."""
 

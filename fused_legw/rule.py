@@ -12,15 +12,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from legw_kernels import scalars
-
 from . import checks
 from .autowu import AutoWU
 from .schedule import LEGW, Schedule
 
 Group = dict[str, Any]  # one of torch.optim's param_groups
 Gradients = Sequence[Tensor | None]  # one per segment of a bucket, in the parameter's layout
-Hyper = scalars.MomentumHyper | scalars.AdamHyper
 
 _ROW, _SMALL = 256, 4096  # of a small tensor `norms` takes the elements, of others the norms of rows
 
@@ -31,7 +28,8 @@ class Rule:
     name: the kernels' rule, in `legw_kernels.rules.RULES`. states: torch's names, in that rule's order. counts: whether
     optimizer.state holds each parameter's "step". adapts: whether updates have a trust ratio. two_stage: whether the
     states advance as that is measured, which a global norm must come before. carries: whether the norms of the weights
-    may be carried over from the last step.
+    may be carried over from the last step. projects: whether updates are projected by rows, the
+    slices of a tensor at each index of its first dimension, which must then be contiguous in memory.
     """
 
     name: str
@@ -40,6 +38,7 @@ class Rule:
     adapts = False
     two_stage = False
     carries = False
+    projects = False
 
     def check(self, group: Group) -> None:
         """Raise for options of the wrong kind or out of range, however they came into the group; LRs are checked apart.
@@ -71,8 +70,8 @@ class Rule:
         """The states that a group with these hyper-parameters needs."""
         raise NotImplementedError
 
-    def hyper(self, group: Group) -> Hyper:
-        """The group's hyper-parameters as numbers; those that are tensors on a GPU stay tensors."""
+    def hyper(self, group: Group) -> Any:
+        """The group's hyper-parameters as one of `scalars`' tuples; what is a tensor on a GPU stays one."""
         raise NotImplementedError
 
     def clip(self, group: Group) -> tuple[float, bool]:

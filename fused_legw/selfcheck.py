@@ -14,6 +14,7 @@ import torch
 
 from . import backends
 from .adam import Adam, AdamW
+from .adamp import AdamP
 from .decays import Constant, Cosine, Exponential, MultiStep, Polynomial
 from .lamb import LAMB
 from .lars import LARS
@@ -32,6 +33,7 @@ CASES: dict[str, tuple[type[FusedOptimizer], float, dict[str, Any]]] = {
     "LARS": (LARS, 2.0, dict(weight_decay=1e-3)),
     "Adam": (Adam, 2e-3, dict(weight_decay=1e-3)),
     "AdamW": (AdamW, 2e-3, dict()),
+    "AdamP": (AdamP, 2e-3, dict(weight_decay=0.1, delta=0.5)),  # so that a good part of the steps is projected
     "LAMB": (LAMB, 5e-3, dict()),
 }
 DTYPES = {"float32": torch.float32, "float64": torch.float64, "bfloat16": torch.bfloat16, "float16": torch.float16}

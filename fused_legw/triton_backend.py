@@ -11,12 +11,12 @@ from torch import Tensor
 from legw_kernels.scalars import FIXED, TENSOR32, TENSOR64, Recipe
 
 from .control import Control
-from .flat import MASTER, Bucket
+from .flat import MASTER, Bucket, compute_dtype
 from .rule import Gradients, Group, Rule
 from .table import Table, capturing
 
 if TYPE_CHECKING:
-    from legw_kernels.launch import Work
+    from legw_kernels.launch import Rows, Work
 
 _LR_KINDS = {torch.float32: TENSOR32, torch.float64: TENSOR64}
 
@@ -73,6 +73,9 @@ class TritonBackend:
                 device="cpu",
             ).to(device)
             for b in buckets
+        ]
+        self._rows: list[Rows | None] = [
+            launch.Rows.of(b.params, b.tile, compute_dtype(b.dtype), device) if rule.projects else None for b in buckets
         ]
         self._address_tables: dict[tuple[int, torch.dtype], tuple[Table, Tensor]] = {}
         self._norms: list[_Norms] = []  # of each bucket, once needed
@@ -133,6 +136,7 @@ class TritonBackend:
             first_total=self._n_totals,
             n_totals=0,
             ratios=norms and norms.ratios,
+            rows=self._rows[index],
             grad_scale=control.on(self.device, control.grad_scale),
             found_inf=control.on(self.device, control.found_inf),
             nonfinite=self.nonfinite,
@@ -152,6 +156,8 @@ class TritonBackend:
         from legw_kernels import launch
 
         for work in self._works:
+            if work.rows is not None:
+                launch.project(work, clips=control.clips, skips=control.skips)
             launch.update(
                 work,
                 clips=control.clips,

@@ -14,7 +14,7 @@ import triton.language as tl
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from legw_kernels import launch, measure, update
+from legw_kernels import launch, measure, rows, update
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
@@ -85,9 +85,10 @@ _POINTERS = {
     "segments": "*i64", "addresses": "*i64", "chunks": "*i32", "groups": "*fp64", "milestones": "*i64",
     "counts": "*i64", "steps": "*i64", "shown": "*fp32", "ticket": "*i32", "master": "*fp32", "partials": "*fp64",
     "turn": "*i32", "totals": "*fp64", "ratios": "*fp64", "norms": "*fp64", "grad_scale": "*fp32",
-    "found_inf": "*fp32", "nonfinite": "*fp32",
+    "found_inf": "*fp32", "nonfinite": "*fp32", "rows": "*i64", "pieces": "*i32", "sums": "*fp64",
 }  # fmt: skip
-_STATES = {"sgd": 1, "lars": 1, "adam": 2, "lamb": 2}
+_STATES = {"sgd": 1, "lars": 1, "adam": 2, "adamp": 2, "lamb": 2}
+_MODULES = {"update": update, "measure": measure, "reduce": measure, "sums": rows, "factors": rows}
 
 
 def compile_kernel(
@@ -107,7 +108,9 @@ def compile_kernel(
         "ADVANCED": device_rule.two_stage, "GRADIENTS": gradients, "CLIPPED": clipped,
         "GLOBAL": clips or skips, "SKIP": skips, "LAST": last, "ADVANCES": True,
         "PARAM": _TYPES[param], "GRAD": _TYPES[grad or param],
-        "COMPUTE": _TYPES[compute], "BLOCK": tile, "KIND": 0,
+        "COMPUTE": _TYPES[compute], "BLOCK": tile,
+        "ROWS": launch.piece_shape(tile)[0], "COLUMNS": launch.piece_shape(tile)[1],
+        "KIND": 0,
     }  # fmt: skip
     absent = {
         "turn": not carry,
@@ -115,9 +118,10 @@ def compile_kernel(
         "master": not master,
         "grad_scale": not scaled,
         "found_inf": not scaled,
+        "rows": not device_rule.projects,
     }
     absent |= {f"state_{name}": i >= states for i, name in enumerate("abc")}
-    function = getattr(update if kernel == "update" else measure, f"{kernel}_kernel")
+    function = getattr(_MODULES[kernel], f"{kernel}_kernel")
     names = [p.name for p in function.params]
     kinds = _POINTERS | {f"state_{name}": f"*{compute}" for name in "abc"}
     signature = {
@@ -126,7 +130,8 @@ def compile_kernel(
     values = {name: None if absent.get(name) else constants[name] for name in names if signature[name] == "constexpr"}
     aligned = {(i,): [["tt.divisibility", 16]] for i, kind in enumerate(signature.values()) if kind.startswith("*")}
     param_dtype = next(dtype for dtype, kind in launch.DTYPES.items() if kind == _TYPES[param])
-    options = launch.options(param_dtype, states if kernel == "update" else 0, amd=target.startswith("gfx"))
+    used = states + device_rule.projects if kernel == "update" else 0
+    options = launch.options(param_dtype, used, amd=target.startswith("gfx"))
     source = ASTSource(function, signature=signature, constexprs=values, attrs=aligned)
     compiled = triton.compile(source, target=TARGETS[target], options=options)
     ttgir = compiled.asm["ttgir"]

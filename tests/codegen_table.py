@@ -35,6 +35,9 @@ VARIANTS = {
     "Adam": ("update", dict(rule="adam"), 4, 3),
     "Adam bf16, everything": ("update", dict(_AMSGRAD, param="bf16", master=True, **_EVERYTHING), 6, 5),
     "Adam fp64, everything": ("update", dict(_AMSGRAD, param="fp64", **_EVERYTHING), 5, 4),
+    "AdamP": ("update", dict(rule="adamp"), 4, 3),
+    "AdamP bf16, everything": ("update", dict(rule="adamp", param="bf16", master=True, **_EVERYTHING), 5, 4),
+    "AdamP fp64, everything": ("update", dict(rule="adamp", param="fp64", **_EVERYTHING), 4, 3),
     "LAMB": ("update", dict(rule="lamb"), 3, 1),
     "LAMB fp64, everything": ("update", dict(rule="lamb", param="fp64", **_EVERYTHING), 3, 1),
     "gradient norms": ("measure", dict(updates=False), 1, 0),
@@ -46,6 +49,11 @@ VARIANTS = {
     "LAMB's moments": ("measure", dict(rule="lamb"), 4, 2),
     "LAMB's moments bf16, everything": ("measure", dict(rule="lamb", param="bf16", master=True, **_EVERYTHING), 5, 2),
     "LAMB's moments fp64, everything": ("measure", dict(rule="lamb", param="fp64", **_EVERYTHING), 4, 2),
+    # Rows begin at any element: read one by one.
+    "AdamP's sums": ("sums", dict(rule="adamp"), 0, 0),
+    "AdamP's sums bf16, everything": ("sums", dict(rule="adamp", param="bf16", master=True, **_EVERYTHING), 0, 0),
+    "AdamP's sums fp64, everything": ("sums", dict(rule="adamp", param="fp64", **_EVERYTHING), 0, 0),
+    "AdamP's factors": ("factors", dict(rule="adamp"), 0, 0),
     "reduction": ("reduce", dict(rule="lars", scaled=True), 0, 0),
 }  # fmt: skip
 _COLUMNS = (
@@ -83,10 +91,10 @@ def accesses(variant: str, code: Compiled) -> tuple[int, int]:
 
 def violations(variant: str, code: Compiled) -> list[str]:
     """What the code breaks: every tensor is accessed 16 bytes at a time, and nothing goes to local memory."""
-    kernel, _, loads, stores = VARIANTS[variant]
+    kernel, options, loads, stores = VARIANTS[variant]
     wide, double = accesses(variant, code), "fp64" in _dtypes(variant)
-    # So that 4 programs of 128 threads fit on an SM, 3 with amsgrad, in float64 one of 256.
-    limit = 255 if double else 168 if VARIANTS[variant][1].get("states") == 3 else 128
+    # So that 4 programs of 128 threads fit on an SM, 3 with amsgrad and AdamP, in float64 one of 256.
+    limit = 255 if double else 168 if options.get("states") == 3 or (kernel == "update" and "AdamP" in variant) else 128
     rules = {
         f"{code.stack} bytes of stack, {code.local} accesses of local memory": code.stack == code.local == 0,
         f"{wide[0]} wide loads, not {loads}": wide[0] >= loads,

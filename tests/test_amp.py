@@ -11,13 +11,14 @@ from conftest import HAS_TRITON
 from torch import Tensor
 
 import fused_legw
-from fused_legw import LAMB, LARS, SGD, Adam, AdamW, Cosine
+from fused_legw import LAMB, LARS, SGD, Adam, AdamP, AdamW, Cosine
 
 FAMILY = [
     (SGD, dict(momentum=0.9, dampening=0.3, weight_decay=0.1)),
     (LARS, dict(weight_decay=0.1, dampening=0.2)),
     (Adam, dict(amsgrad=True)),
     (AdamW, dict(maximize=True)),
+    (AdamP, dict(weight_decay=0.1, delta=0.5)),
     (LAMB, dict(weight_decay=0.1)),
 ]
 family = pytest.mark.parametrize(("cls", "options"), FAMILY, ids=[cls.__name__ for cls, _ in FAMILY])
@@ -223,7 +224,8 @@ def test_launches_under_both_scalers(device, launches, cls, options):
     """With found_inf from torch's scaler and no clipping nothing is measured but what trust ratios need."""
     if not HAS_TRITON:
         pytest.skip("Triton's kernels need a GPU or TRITON_INTERPRET=1")
-    measured = ["measure_kernel", "update_kernel"]
+    updates = ["factors_kernel"] if cls is AdamP else []
+    measured = ["measure_kernel", *updates, "update_kernel"]
     twice = measured[:1] + measured if cls is LAMB else measured
     for how, expected in (("ours", twice), ("torch's", measured if cls in (LARS, LAMB) else measured[1:])):
         params = make_params(torch.float32, device, [(9,), (20,)])

@@ -11,7 +11,7 @@ from cases import legw, make_params, twins
 from conftest import DEVICE
 from torch import Tensor
 
-from fused_legw import LAMB, LARS, SGD, Adam, Cosine, aten_backend, layout, table, triton_backend
+from fused_legw import LAMB, LARS, SGD, Adam, AdamP, Cosine, aten_backend, layout, table, triton_backend
 
 
 class _Recorded:
@@ -87,6 +87,7 @@ def _gradients(params: list[Tensor], value: float) -> list[Tensor]:
         (SGD, dict(momentum=0.9)),
         (Adam, dict(max_grad_norm=1.0)),
         (LARS, dict(weight_decay=0.1)),
+        (AdamP, dict(weight_decay=0.1, delta=2.0)),
         (LAMB, dict(variant="apex", skip_nonfinite=True)),
     ],
     ids=str,

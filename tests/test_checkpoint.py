@@ -8,7 +8,7 @@ import pytest
 import torch
 from cases import give_gradients, legw, make_params, twins
 
-from fused_legw import LAMB, LARS, LEGW, SGD, Adam, Cosine, MultiStep
+from fused_legw import LAMB, LARS, LEGW, SGD, Adam, AdamP, Cosine, MultiStep
 
 OPTIONS = dict(momentum=0.9, dampening=0.3, weight_decay=0.01)
 
@@ -215,7 +215,7 @@ def test_a_checkpoint_without_a_schedule_keeps_the_optimizers(backend, device):
 @pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
 @pytest.mark.parametrize("flattened", [False, True])
 @pytest.mark.parametrize("scheduled", [True, False])
-@pytest.mark.parametrize("cls", [SGD, LARS, Adam, LAMB], ids=lambda cls: cls.__name__)
+@pytest.mark.parametrize("cls", [SGD, LARS, Adam, AdamP, LAMB], ids=lambda cls: cls.__name__)
 def test_distributed_checkpoint(backend, device, tmp_path, flattened, scheduled, cls):
     """torch.distributed.checkpoint's recipe: its template is a fresh optimizer's state dict, made by a step at LR 0."""
     import torch.distributed.checkpoint as dcp

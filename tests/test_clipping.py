@@ -9,13 +9,14 @@ import torch
 from cases import give_gradients, legw, make_params, same, twins
 from torch import Tensor
 
-from fused_legw import LAMB, LARS, SGD, Adam, AdamW, Cosine, reference
+from fused_legw import LAMB, LARS, SGD, Adam, AdamP, AdamW, Cosine, reference
 
 FAMILY = [
     (SGD, dict(momentum=0.9, dampening=0.3)),
     (LARS, dict(trust_coefficient=0.1)),
     (Adam, dict(amsgrad=True)),
     (AdamW, dict()),
+    (AdamP, dict(delta=0.5)),
     (LAMB, dict()),
 ]
 family = pytest.mark.parametrize(("cls", "options"), FAMILY, ids=[cls.__name__ for cls, _ in FAMILY])
@@ -40,7 +41,7 @@ def _wide(params: list[Tensor]) -> list[Tensor]:
 
 def _twin(cls, groups: list[dict], **options) -> torch.optim.Optimizer:
     """torch's own class with its LR written at each step, or our reference where torch has none."""
-    if cls in (LARS, LAMB):
+    if cls in (LARS, LAMB, AdamP):
         return getattr(reference, cls.__name__)(groups, lr=legw(Cosine()), **options)
     return getattr(torch.optim, cls.__name__)(groups, foreach=False, **options)
 
@@ -80,7 +81,7 @@ def test_equals_torchs_three_calls(backend, device, cls, options, kind):
         ours.step()
         scaler.unscale_(twin)
         norm = torch.nn.utils.clip_grad_norm_(theirs, 0.5)
-        for group in twin.param_groups if cls not in (LARS, LAMB) else ():
+        for group in twin.param_groups if cls not in (LARS, LAMB, AdamP) else ():
             group["lr"] = legw(Cosine())(applied)
         scaler.step(twin)
         scaler.update(SCALE)

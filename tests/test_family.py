@@ -12,10 +12,16 @@ import torch
 from cases import error, give_gradients, legw, make_params, same, twins
 from conftest import INTERPRETED
 
-from fused_legw import LAMB, LARS, Adam, AdamW, Cosine, MultiStep, reference
+from fused_legw import LAMB, LARS, Adam, AdamP, AdamW, Cosine, MultiStep, reference
 from legw_kernels import scalars
 
-FAMILY = [(LARS, dict(weight_decay=0.1)), (Adam, dict(amsgrad=True)), (AdamW, dict()), (LAMB, dict(variant="apex"))]
+FAMILY = [
+    (LARS, dict(weight_decay=0.1)),
+    (Adam, dict(amsgrad=True)),
+    (AdamW, dict()),
+    (AdamP, dict(weight_decay=0.1, delta=0.5, nesterov=True)),
+    (LAMB, dict(variant="apex")),
+]
 family = pytest.mark.parametrize(("cls", "options"), FAMILY, ids=lambda x: getattr(x, "__name__", ""))
 SHAPES = [(5, 7), (20,), (), (0,)]
 
@@ -183,7 +189,7 @@ def test_moved_and_converted_parameters(backend, device, cls, options):
     same(params, plain)
 
 
-@pytest.mark.parametrize("cls", [Adam, LAMB])
+@pytest.mark.parametrize("cls", [Adam, AdamP, LAMB])
 def test_hyper_parameters_that_are_tensors(backend, device, cls):
     params = make_params(torch.float64, device, [(5,), (7,)])
     plain = twins(params)

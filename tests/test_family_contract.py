@@ -10,7 +10,7 @@ from cases import error, give_gradients, legw, make_params, same, twins
 from test_capture import _capturing, _gradients
 from test_family import FAMILY, SHAPES, _make, _run, family
 
-from fused_legw import LAMB, LARS, SGD, Adam, AdamW, Cosine, reference, table
+from fused_legw import LAMB, LARS, SGD, Adam, AdamP, AdamW, Cosine, reference, table
 
 torch_pairs = pytest.mark.parametrize(
     ("cls", "torchs"), [(Adam, torch.optim.Adam), (AdamW, torch.optim.AdamW)], ids=["Adam", "AdamW"]
@@ -73,7 +73,7 @@ def test_state_dict_hooks(backend, device, cls, options):
 def test_a_group_added_later(backend, device, cls, options):
     params = make_params(torch.float64, device, SHAPES)
     exact = twins(params)
-    late = {} if cls in (Adam, AdamW) else dict(adapt=False)
+    late = {} if cls in (Adam, AdamP, AdamW) else dict(adapt=False)
     ours = _make(cls, params[:2], backend, **options)
     full = [dict(params=exact[:2]), dict(params=exact[2:], lr=0.01, weight_decay=0.25, **late)]
     twin = getattr(reference, cls.__name__)(full, lr=legw(Cosine()), **options)
@@ -211,6 +211,7 @@ FOLLOWED = [
     (LARS, dict(weight_decay=0.1), dict(trust_coefficient=0.5, weight_decay=0.2, adapt=False)),
     (LARS, dict(weight_decay=0.1), dict(variant="moco")),
     (Adam, dict(max_grad_norm=0.1), dict(betas=(0.5, 0.6), eps=1e-3, weight_decay=0.3, max_grad_norm=0.2)),
+    (AdamP, dict(weight_decay=0.1), dict(delta=2.0, wd_ratio=0.5, nesterov=True)),
     (LAMB, dict(max_grad_norm=0.1), dict(trust_clamp=(0.0, 0.01), lr=torch.tensor(0.3))),
 ]
 REFUSED = [

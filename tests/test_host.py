@@ -8,9 +8,9 @@ import pytest
 import torch
 from cases import legw, make_params, same, twins
 
-from fused_legw import LAMB, LARS, SGD, Adam, AdamW
+from fused_legw import LAMB, LARS, SGD, Adam, AdamP, AdamW
 
-EVERY = [(SGD, dict(momentum=0.9)), (LARS, dict()), (Adam, dict()), (AdamW, dict()), (LAMB, dict())]
+EVERY = [(SGD, dict(momentum=0.9)), (LARS, dict()), (Adam, dict()), (AdamW, dict()), (AdamP, dict()), (LAMB, dict())]
 FEW, MANY = 5, 105
 
 
@@ -46,7 +46,7 @@ def _give(params):
 
 @pytest.mark.parametrize(("cls", "options"), EVERY, ids=lambda x: getattr(x, "__name__", None))
 def test_no_python_call_for_each_tensor(device, backend, monkeypatch, cls, options):
-    """But in ATen's LARS and LAMB, which work out a ratio for each."""
+    """But in ATen's LARS, LAMB and AdamP, which work out something for each."""
     if backend == "triton":
         from legw_kernels import launch
 
@@ -57,7 +57,7 @@ def test_no_python_call_for_each_tensor(device, backend, monkeypatch, cls, optio
         _give(params)
         counted.append(_calls(optimizer.step))
     few, many = counted
-    each = 12 if backend == "aten" and cls in (LARS, LAMB) else 0
+    each = 12 if backend == "aten" and cls in (LARS, LAMB, AdamP) else 0
     assert many - few <= each * (MANY - FEW)
     assert few < 200 + each * FEW
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 from cases import give_gradients, legw, make_params, same, twins
 
-from fused_legw import LAMB, LARS, SGD, Adam, AdamW, variants
+from fused_legw import LAMB, LARS, SGD, Adam, AdamP, AdamW, variants
 
 NAN, TWO = math.nan, torch.ones(2)
 COMMON = dict(
@@ -41,6 +41,8 @@ WRONG = {
     ),
     Adam: MOMENTS | dict(eps=["x", None, -1, NAN, TWO], amsgrad=["yes", None]),
     AdamW: dict(amsgrad=["yes"]),
+    AdamP: {name: values for name, values in MOMENTS.items() if name != "decoupled_weight_decay"}
+    | dict(eps=["x", None, -1], nesterov=["yes", None], delta=["x", -1, None, TWO], wd_ratio=["x", NAN, -1, TWO]),
     LAMB: (MOMENTS | {"weight_decay": ["x", NAN, -1, TWO]})  # None is the variant's
     | dict(
         variant=["mine", 1],
@@ -88,7 +90,7 @@ def _uploaded(optimizer, wrong: dict) -> None:
 @pytest.mark.parametrize(("cls", "name", "value"), EVERY, ids=str)
 def test_what_is_refused_everywhere(cls, name, value):
     params, optimizer = _made(cls)
-    if name not in ("schedule", "lr_scale") and not (name == "differentiable" and cls in (LARS, LAMB)):
+    if name not in ("schedule", "lr_scale") and not (name == "differentiable" and cls in (LARS, LAMB, AdamP)):
         address = params[0].data_ptr()
         with pytest.raises(ERRORS, match=SAID.get(name, name)):
             cls(params, lr=0.1, backend="aten", **{name: value})
@@ -96,7 +98,7 @@ def test_what_is_refused_everywhere(cls, name, value):
     for way in (_added, _loaded, _stepped, _uploaded):
         groups = [dict(group) for group in optimizer.param_groups]
         before = copy.deepcopy(optimizer.state_dict()["state"]), twins(params)
-        if way in (_stepped, _uploaded) and name == "differentiable" and cls in (LARS, LAMB):
+        if way in (_stepped, _uploaded) and name == "differentiable" and cls in (LARS, LAMB, AdamP):
             continue  # no option of theirs
         with pytest.raises(ERRORS) as caught:
             way(optimizer, {name: value})

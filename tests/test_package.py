@@ -13,7 +13,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 
 # Each module and the modules of its own package it may import: none further down this list.
-KERNELS = ["scalars", "rules", "norms", "tables", "tiles", "measure", "update", "launch"]
+KERNELS = ["scalars", "rules", "norms", "tables", "tiles", "rows", "measure", "update", "launch"]
 PACKAGE = [
     {"decays", "checks"},
     {"schedule", "variants", "table", "control"},
@@ -26,7 +26,7 @@ PACKAGE = [
     {"checkpoint"},
     {"optimizer"},
     {"sgd", "adam", "follow", "amp", "grouping", "digits", "demo_results"},
-    {"lars", "lamb"},
+    {"lars", "adamp", "lamb"},
     {"verification"},
     {"selfcheck", "demo"},
     {"__init__"},

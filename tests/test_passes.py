@@ -7,7 +7,7 @@ import torch
 from cases import give_gradients, legw, make_params
 from conftest import INTERPRETED
 
-from fused_legw import LAMB, LARS, SGD, Adam, AdamW, Cosine, flat
+from fused_legw import LAMB, LARS, SGD, Adam, AdamP, AdamW, Cosine, flat
 
 interpreted = pytest.mark.skipif(not INTERPRETED, reason="counts accesses in the interpreter")
 CLIP = dict(max_grad_norm=1.0)
@@ -99,6 +99,7 @@ TRAFFIC = [
     (LARS, dict(variant="simclr"), 28, 32),
     (LARS, dict(variant="simclr-popular"), 32, 36),
     (LARS, dict(variant="apex-larc"), 28, 28),
+    (AdamP, dict(nesterov=True), 44, 48),
     (LAMB, dict(), 40, 44),
     (LAMB, dict(variant="apex"), 44, 44),
     (LAMB, dict(variant="deepspeed"), 40, 44),
@@ -111,7 +112,8 @@ def test_counted_traffic(cls, options, plain, everything):
     from traffic import counted
 
     for scaled, least in ((False, plain), (True, everything)):
-        params = make_params(torch.float32, "cpu", [(1024,)] * 6 + [(4096, 8), (61 * 1024,)])
+        shapes = [(96, 1024)] if cls is AdamP else [(1024,)] * 6 + [(4096, 8), (61 * 1024,)]  # short rows cost more
+        params = make_params(torch.float32, "cpu", shapes)
         clip = dict(max_grad_norm=1.0, skip_nonfinite=True) if scaled else {}
         # One decay for all: LARS's rows without a decay would have nothing to measure.
         optimizer = cls(params, lr=legw(Cosine()), weight_decay=1e-4, backend="triton", **options, **clip)

@@ -11,7 +11,7 @@ import torch
 from conftest import HAS_TRITON, INTERPRETED
 from torch import Tensor
 
-from fused_legw import LAMB, LARS, LEGW, SGD, Adam, AdamW, Cosine, MultiStep, reference
+from fused_legw import LAMB, LARS, LEGW, SGD, Adam, AdamP, AdamW, Cosine, MultiStep, reference
 
 pytest.importorskip("hypothesis")
 from hypothesis import HealthCheck, Phase, given, settings
@@ -46,6 +46,7 @@ OPTIONS = {
     ),
     Adam: dict(amsgrad=st.booleans(), betas=st.sampled_from([(0.9, 0.999), (0.0, 0.5)])),
     AdamW: dict(amsgrad=st.booleans()),
+    AdamP: dict(delta=st.sampled_from([0.1, 2.0]), wd_ratio=st.sampled_from([0.1, 0.0, 1.0]), nesterov=st.booleans()),
     LAMB: dict(
         variant=st.sampled_from(["paper", "author-tf", "apex", "timm", "deepspeed", "optax"]),
         bias_correction=st.sampled_from([None, None, True, False, "step_size"]),
@@ -83,7 +84,7 @@ def _bad_count(optimizer) -> None:
 
 def _bad_shape(optimizer) -> None:
     state = optimizer.state_dict()
-    name = "exp_avg" if isinstance(optimizer, Adam | LAMB) else "momentum_buffer"
+    name = "exp_avg" if isinstance(optimizer, Adam | AdamP | LAMB) else "momentum_buffer"
     state["state"].setdefault(0, {})[name] = torch.zeros(77)
     optimizer.load_state_dict(state)
 

@@ -11,7 +11,7 @@ from conftest import DEVICE
 from test_capture import _capturing
 from torch import Tensor
 
-from fused_legw import LAMB, LARS, SGD, Adam, AdamW, Cosine, table
+from fused_legw import LAMB, LARS, SGD, Adam, AdamP, AdamW, Cosine, table
 
 pytestmark = pytest.mark.gpu
 
@@ -22,6 +22,7 @@ KINDS = [
     (SGD, dict(momentum=0.9, nesterov=True)),
     (Adam, dict(amsgrad=True)),
     (AdamW, dict()),
+    (AdamP, dict(delta=0.5)),
     (LARS, dict(momentum=0.9)),
     (LAMB, dict()),
 ]

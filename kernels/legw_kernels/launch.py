@@ -13,12 +13,14 @@ from torch import Tensor
 
 from . import tables
 from .measure import measure_kernel, reduce_kernel
+from .rows import factors_kernel, sums_kernel
 from .rules import RULES
 from .scalars import Recipe
 from .update import update_kernel
 
 HYPER = tables.HYPER.value
 CHUNKS_OF_A_RUN = 16
+TILES_OF_A_SPAN, MOST_SPANS = 32, 64
 DTYPES: dict[torch.dtype, Any] = {
     torch.float32: tl.float32,
     torch.float64: tl.float64,
@@ -28,7 +30,10 @@ DTYPES: dict[torch.dtype, Any] = {
 
 
 def _registers(param_dtype: torch.dtype, states: int) -> int:
-    """The register limit: what the largest variant takes without spilling. states: of the rule, as far as updated."""
+    """The register limit: what the largest variant takes without spilling.
+
+    states: of the rule, as far as updated, and one for a projection.
+    """
     if param_dtype == torch.float64:
         return 255
     return 168 if states > 2 else 128
@@ -91,11 +96,51 @@ def group_row(
     return row + [0.0] * (tables.GROUP_WIDTH.value - len(row))
 
 
+def piece_shape(tile: int) -> tuple[int, int]:
+    """The rows and columns that a tile of the row sums has. Half as many elements: it sums four things at once."""
+    columns: int = 1 << tile.bit_length() // 2
+    return tile // 2 // columns, columns
+
+
+@dataclass
+class Rows:
+    """The rows of a bucket's tensors; see `rows`."""
+
+    table: Tensor
+    pieces: Tensor
+    sums: Tensor
+    factors: Tensor
+
+    @classmethod
+    def of(cls, params: Sequence[Tensor], tile: int, dtype: torch.dtype, device: torch.device) -> Rows:
+        """dtype: of the factors, the compute dtype. A tensor of one dimension or none is one row, not projected."""
+        height, width = piece_shape(tile)
+        counts = [len(p) if p.ndim > 1 and p.numel() else 1 for p in params]
+        factors = torch.zeros(sum(counts) + tile, dtype=dtype, device=device)
+        table, pieces, n_sums, address = list[list[int]](), list[int](), 0, factors.data_ptr()
+        for i, (p, count) in enumerate(zip(params, counts, strict=True)):
+            length, span = p.numel() // count, TILES_OF_A_SPAN * width
+            while span * MOST_SPANS < length:
+                span *= 2
+            spans = -(-length // span) if p.ndim > 1 else 0
+            table.append([count, length, address, len(pieces), n_sums, span, spans])
+            pieces += [i] * (spans * -(-count // height))
+            n_sums += spans * count
+            address += count * factors.element_size()
+        return cls(
+            torch.tensor(table, dtype=torch.int64, device="cpu").to(device),
+            torch.tensor(pieces, dtype=torch.int32, device="cpu").to(device),
+            torch.zeros(4, max(1, n_sums), dtype=torch.float64, device=device),
+            factors,
+        )
+
+
 @dataclass
 class Work:
     """What the launches of one step on one (parameter dtype, gradient dtype) share; the tables are those of `tables`.
 
-    partials, totals, ratios: needed where norms are. first_total: where this work's part of `totals` begins.
+    partials, totals, ratios: needed where norms are. rows: where the rule projects.
+    first_total: where this work's part of `totals` begins.
     """
 
     rule: str
@@ -119,6 +164,7 @@ class Work:
     first_total: int
     n_totals: int
     ratios: Tensor | None
+    rows: Rows | None
     grad_scale: Tensor | None
     found_inf: Tensor | None
     nonfinite: Tensor
@@ -163,6 +209,28 @@ def measure(work: Work, *, updates: bool, gradients: bool, clips: bool, skips: b
     )  # fmt: skip
 
 
+def project(work: Work, *, clips: bool, skips: bool) -> None:
+    """Each row's factor. clips, skips: as in `measure`."""
+    rule, rows = RULES[work.rule], work.rows
+    assert rows is not None
+    height, width = piece_shape(work.tile)
+    n_sums, n_segments, device = rows.sums.shape[1], work.steps.numel(), work.chunks.device
+    if n_pieces := rows.pieces.numel():
+        launch(
+            sums_kernel, device, programs(rows.pieces, work.param_dtype),
+            work.segments, work.addresses, work.groups, work.milestones, work.counts, work.steps, work.shown,
+            *work.states[:2], work.master, work.totals, work.grad_scale, work.found_inf,
+            rows.table, rows.pieces, rows.sums, n_pieces, n_sums, n_segments, work.n_totals,
+            PREPARE=rule.prepare, ADVANCE=rule.advance, DIRECTION=rule.direction, GLOBAL=clips or skips, SKIP=skips,
+            ROWS=height, COLUMNS=width, **work.dtypes, **options(work.param_dtype),
+        )  # fmt: skip
+    launch(
+        factors_kernel, device, max(1, min(n_segments, _most_programs(device, work.param_dtype, 0))),
+        work.segments, work.addresses, work.groups, rows.table, rows.sums, n_sums, n_segments,
+        COMPUTE=compute_dtype(work.param_dtype), **options(work.param_dtype),
+    )  # fmt: skip
+
+
 def update(work: Work, *, clips: bool, skips: bool, clipped: bool, last: bool, advances: bool) -> None:
     """The update itself.
 
@@ -170,12 +238,13 @@ def update(work: Work, *, clips: bool, skips: bool, clipped: bool, last: bool, a
     on the device. advances: whether that launch advances `counts`.
     """
     rule, n_chunks = RULES[work.rule], work.chunks.numel()
-    states = sum(state is not None for state in work.states)
+    states = sum(state is not None for state in work.states) + rule.projects
     grid = programs(work.chunks, work.param_dtype, states)
     launch(
         update_kernel, work.chunks.device, grid,
         work.segments, work.addresses, work.chunks, work.groups, work.milestones, work.counts, work.steps, work.shown,
         work.ticket, *work.states, work.master, work.partials, work.turn, work.totals, work.ratios,
+        work.rows and work.rows.table,
         work.grad_scale, work.found_inf, work.nonfinite,
         n_chunks, _runs(n_chunks, grid), work.steps.numel(), work.n_totals,
         PREPARE=rule.prepare, ADVANCE=rule.advance, DIRECTION=rule.direction, MEASURE=rule.measure,

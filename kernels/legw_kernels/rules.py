@@ -61,7 +61,7 @@ class _Adam(NamedTuple):
     first_factor: float
     root_factor: float
     eps: float
-    amsgrad: float
+    flag: float  # amsgrad; AdamP: nesterov
 
 
 _MomentumScalars = tl.constexpr(_Momentum)
@@ -158,7 +158,7 @@ def lars_measure(p, g, a, b, c, h):
 
 
 @triton.jit
-def _adam_prepare(hyper, lr, count, scale, ratio, amsgrad, MOMENTS: tl.constexpr, COMPUTE: tl.constexpr):
+def _adam_prepare(hyper, lr, count, scale, ratio, flag, MOMENTS: tl.constexpr, COMPUTE: tl.constexpr):
     n = count + 1.0
     first, root, step = _bias_factors(
         lr.to(COMPUTE),
@@ -189,7 +189,7 @@ def _adam_prepare(hyper, lr, count, scale, ratio, amsgrad, MOMENTS: tl.constexpr
         first,
         root,
         tl.load(hyper + 5).to(COMPUTE),
-        amsgrad,
+        flag,
     )
 
 
@@ -233,26 +233,41 @@ def adam_advance(p, g, a, b, c, h):
 
 
 @triton.jit
-def adam_direction(p, g, a, b, c, h):
-    v = tl.where(h.amsgrad != 0, c, b)
+def _over_root(m, v, h):
     root = tl.sqrt_rn(v) if v.dtype == tl.float32 else tl.sqrt(v)
-    u = (h.first_factor * a) / (h.root_factor * root + h.eps)
+    return (h.first_factor * m) / (h.root_factor * root + h.eps)
+
+
+@triton.jit
+def adam_direction(p, g, a, b, c, h):
+    u = _over_root(a, tl.where(h.flag != 0, c, b), h)
     return tl.where(h.decay != 0, u + h.decay * p, u)
 
 
+@triton.jit
+def adamp_direction(p, g, a, b, c, h):
+    """Without decay and projection, both of which are a multiple of the weight: `rows.row_factors`."""
+    return _over_root(tl.where(h.flag != 0, h.beta1 * a + h.one_minus_beta1 * g, a), b, h)
+
+
 class DeviceRule(NamedTuple):
-    """One optimizer's functions, as described above. two_stage: the states advance while the update is measured."""
+    """One optimizer's functions, as described above. two_stage: the states advance while the update is measured.
+
+    projects: each row's multiple of the weight is added to the direction; see `rows`.
+    """
 
     prepare: Any
     advance: Any
     direction: Any
     measure: Any = None
     two_stage: bool = False
+    projects: bool = False
 
 
 RULES = {
     "sgd": DeviceRule(sgd_prepare, momentum_advance, momentum_direction),
     "lars": DeviceRule(lars_prepare, momentum_advance, momentum_direction, lars_measure),
     "adam": DeviceRule(adam_prepare, adam_advance, adam_direction),
+    "adamp": DeviceRule(adam_prepare, adam_advance, adamp_direction, projects=True),
     "lamb": DeviceRule(lamb_prepare, adam_advance, adam_direction, adam_direction, two_stage=True),
 }

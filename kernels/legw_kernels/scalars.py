@@ -165,6 +165,23 @@ class AdamHyper(NamedTuple):
     ratio_high: float = LARGEST_RATIO
 
 
+class AdamPHyper(NamedTuple):
+    """One param group's hyper-parameters of AdamP: in the first ten columns what stands there in `AdamHyper`."""
+
+    weight_decay: float = 0.0
+    beta1: float = 0.9
+    beta2: float = 0.999
+    log_beta1: float = 0.0
+    log_beta2: float = 0.0
+    eps: float = 1e-8
+    nesterov: float = 0.0  # in the place of amsgrad
+    decoupled: float = 1.0
+    sign: float = 1.0  # -1 to maximize
+    bias_correction: float = 1.0
+    delta: float = 0.1
+    wd_ratio: float = 0.1
+
+
 def one_minus_power(log_beta, n):
     """1 - beta^n in float64, which loses nothing where beta^n is near 1. n: float64, 1 or more."""
     x = n * log_beta

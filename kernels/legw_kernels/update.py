@@ -7,6 +7,7 @@ import triton
 import triton.language as tl
 
 from .norms import add_tile, chunk_norm, tile_norm
+from .rows import ROWS_WIDTH, row_factors
 from .tables import (
     CHUNK_TILES,
     FIRST_CHUNK,
@@ -25,14 +26,22 @@ from .tiles import load_state, load_tile, load_weight, store_state, store_tile
 
 
 @triton.jit
+def _store_states(state_a, state_b, state_c, at, used, a, b, c):
+    store_state(state_a, at, used & 1, a)
+    store_state(state_b, at, used & 2, b)
+    store_state(state_c, at, used & 4, c)
+
+
+@triton.jit
 def update_tile(
-    tile, row, where, n_segments, h, used, state_a, state_b, state_c, master,
+    tile, row, where, own_rows, n_segments, h, used, state_a, state_b, state_c, master,
     ADVANCE: tl.constexpr, DIRECTION: tl.constexpr, ADVANCED: tl.constexpr, CARRY: tl.constexpr,
     PARAM: tl.constexpr, GRAD: tl.constexpr, COMPUTE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Update one tile of one tensor; with CARRY the norm of its weights then, else 0.
 
     tile: among the tensor's own. row: its segment. where: its parameter's address, n_segments before its gradient's.
+    own_rows: where the rule projects, its row in `rows`.
     """
     # Loaded for each tile anew: what does not change from tile to tile the compiler would keep in registers, and of an
     # address it would make a pointer for each element.
@@ -52,16 +61,20 @@ def update_tile(
     c = load_state(state_c, at, used & 4, g)
     if not ADVANCED:
         a, b, c = ADVANCE(w, g, a, b, c, h)
-    w = w - h.outer * DIRECTION(w, g, a, b, c, h)
+    u = DIRECTION(w, g, a, b, c, h)
+    if own_rows is not None:
+        # Before the factors come: the registers do not hold both. Elsewhere last, which other rules' registers need.
+        _store_states(state_a, state_b, state_c, at, used, a, b, c)
+        f = row_factors(own_rows, start, COMPUTE, BLOCK)
+        u = tl.where(f != 0, u + f * w, u)  # an infinite weight must not become NaN
+    w = w - h.outer * u
 
     p = w.to(PARAM)
     store_tile(address, start, n, wide, p, PARAM, BLOCK)
     if master is not None:
         tl.store(master + at, w)
-    if not ADVANCED:
-        store_state(state_a, at, used & 1, a)
-        store_state(state_b, at, used & 2, b)
-        store_state(state_c, at, used & 4, c)
+    if not ADVANCED and own_rows is None:
+        _store_states(state_a, state_b, state_c, at, used, a, b, c)
     norm = tl.full([], 0.0, tl.float64)
     if CARRY:
         norm = tile_norm(w if master is not None else p.to(COMPUTE))
@@ -87,7 +100,7 @@ def count_steps(segments, addresses, groups, steps, shown, n_segments):
 @triton.jit
 def update_chunks(
     segment, row, where, first, stop, inverse, norm, groups, milestones, counts, steps, shown,
-    state_a, state_b, state_c, master, partials, turn, ratios, n_chunks, n_segments,
+    state_a, state_b, state_c, master, partials, turn, ratios, rows, n_chunks, n_segments,
     PREPARE: tl.constexpr, ADVANCE: tl.constexpr, DIRECTION: tl.constexpr, MEASURE: tl.constexpr,
     ADVANCED: tl.constexpr, CLIPPED: tl.constexpr, GLOBAL: tl.constexpr,
     PARAM: tl.constexpr, GRAD: tl.constexpr, COMPUTE: tl.constexpr, BLOCK: tl.constexpr,
@@ -98,6 +111,9 @@ def update_chunks(
         segment, row, inverse, norm, counts, groups, milestones, steps, shown, partials, turn, n_chunks,
         PREPARE, GLOBAL and not ADVANCED, True, MEASURE, CLIPPED, COMPUTE, BLOCK,
     )  # fmt: skip
+    own_rows = None
+    if rows is not None:
+        own_rows = rows + segment * ROWS_WIDTH
     first_chunk = tl.load(row + FIRST_CHUNK)
     size = tl.load(row + CHUNK_TILES)
     tiles = (tl.load(row + NUMEL) + BLOCK - 1) // BLOCK
@@ -111,7 +127,7 @@ def update_chunks(
         total = tl.full([], 0.0, tl.float64)
         for i in range(1, ends - begins + 1):
             after = update_tile(
-                ends - i, row, where, n_segments, h, used, state_a, state_b, state_c, master,
+                ends - i, row, where, own_rows, n_segments, h, used, state_a, state_b, state_c, master,
                 ADVANCE, DIRECTION, ADVANCED, turn is not None, PARAM, GRAD, COMPUTE, BLOCK,
             )  # fmt: skip
             total = add_tile(total, after, COMPUTE)
@@ -142,7 +158,7 @@ def advance(counts, turn, apply, ADVANCES: tl.constexpr):
 @triton.jit(do_not_specialize=["n_chunks", "n_runs", "n_segments", "n_totals"])
 def update_kernel(
     segments, addresses, chunks, groups, milestones, counts, steps, shown, ticket, state_a, state_b, state_c, master,
-    partials, turn, totals, ratios, grad_scale, found_inf, nonfinite, n_chunks, n_runs, n_segments, n_totals,
+    partials, turn, totals, ratios, rows, grad_scale, found_inf, nonfinite, n_chunks, n_runs, n_segments, n_totals,
     PREPARE: tl.constexpr, ADVANCE: tl.constexpr, DIRECTION: tl.constexpr, MEASURE: tl.constexpr,
     ADVANCED: tl.constexpr, CLIPPED: tl.constexpr, GLOBAL: tl.constexpr, SKIP: tl.constexpr, LAST: tl.constexpr,
     ADVANCES: tl.constexpr, PARAM: tl.constexpr, GRAD: tl.constexpr, COMPUTE: tl.constexpr, BLOCK: tl.constexpr,
@@ -167,7 +183,7 @@ def update_kernel(
                 if gradient > 0:
                     update_chunks(
                         segment, row, where, first, stop, inverse, norm, groups, milestones, counts, steps, shown,
-                        state_a, state_b, state_c, master, partials, turn, ratios, n_chunks, n_segments,
+                        state_a, state_b, state_c, master, partials, turn, ratios, rows, n_chunks, n_segments,
                         PREPARE, ADVANCE, DIRECTION, MEASURE, ADVANCED, CLIPPED, GLOBAL, PARAM, GRAD, COMPUTE, BLOCK,
                     )  # fmt: skip
                 if turn is not None:
