@@ -10,6 +10,7 @@ from .follow import FollowSchedule
 from .grouping import param_groups
 from .lamb import LAMB
 from .lars import LARS
+from .noise_scale import DistributedNorms, GradientNoiseScale, MicroBatchNorms
 from .schedule import LEGW
 from .sgd import SGD
 from .verification import verify
@@ -26,9 +27,12 @@ __all__ = [
     "AutoWU",
     "Constant",
     "Cosine",
+    "DistributedNorms",
     "Exponential",
     "FollowSchedule",
     "GradScaler",
+    "GradientNoiseScale",
+    "MicroBatchNorms",
     "MultiStep",
     "Polynomial",
     "param_groups",

@@ -17,7 +17,8 @@ from typing import Any, NoReturn
 import torch
 
 from . import __version__, backends, selfcheck
-from .decays import DECAYS, Decay
+from .decays import DECAYS, Decay, number
+from .noise_scale import time_and_samples
 from .schedule import LEGW
 
 _DECAYS = {name.lower(): decay for name, decay in DECAYS.items()}
@@ -62,6 +63,13 @@ def _add_plan(parser: argparse.ArgumentParser) -> None:
     own.add_argument("--power", type=float, help="polynomial")
     own.add_argument("--span", choices=["remaining", "whole"], help="polynomial: what it decays over")
     own.add_argument("--end-lr", type=float, help="polynomial, cosine: this run's LR at the end, not scaled")
+    parser.add_argument(
+        "--noise-scale",
+        type=float,
+        metavar="S",
+        help="gradient noise scale in samples, as GradientNoiseScale measures it late in a baseline run: adds the "
+        "updates and samples to a given loss over the fewest possible, and marks batches past S",
+    )
     parser.add_argument("--json", action="store_true", help="print JSON")
     parser.add_argument("--plot", metavar="FILE", help="draw LR against epochs, all batches in one figure")
     parser.set_defaults(run=run_plan)
@@ -120,14 +128,33 @@ def _notes(s: LEGW) -> list[str]:
     return [f"batch {s.batch_size}: {note}" for note in notes]
 
 
+def _noise_notes(schedules: Sequence[LEGW], critical: float) -> list[str]:
+    """Batches past the noise scale: there another doubling spends more samples than it saves updates."""
+    notes = []
+    for batch in (s.batch_size for s in schedules if s.batch_size > critical):
+        updates, samples = time_and_samples(batch, critical)
+        notes.append(
+            f"batch {batch}: past the noise scale of {critical:g}: {samples:.3g} times the fewest samples, for "
+            f"{updates:.3g} times the fewest updates"
+        )
+    return notes
+
+
 def run_plan(args: argparse.Namespace) -> int:
     schedules = _schedules(args)
     notes = [note for schedule in schedules for note in _notes(schedule)]
+    critical = args.noise_scale
+    if critical is not None:
+        critical = _valid(number, "noise_scale", critical)
+        notes += _noise_notes(schedules, critical)
     if args.plot is not None:
         _plot(schedules, args)
     if args.json:
         names = ("batch_size", "scale", "peak_lr", "warmup_epochs", "warmup_steps", "steps_per_epoch", "total_steps")
         plans = [{name: getattr(s, name) for name in names} | {"schedule": s.to_dict()} for s in schedules]
+        if critical is not None:
+            for plan, s in zip(plans, schedules, strict=True):
+                plan["relative_updates"], plan["relative_samples"] = time_and_samples(s.batch_size, critical)
         print(json.dumps({"plans": plans, "notes": notes}, indent=2))
         return 0
     rows = []
@@ -135,8 +162,10 @@ def run_plan(args: argparse.Namespace) -> int:
         total = "-" if s.total_steps is None else f"{s.total_steps:.2f}"
         epochs = f"{s.warmup_epochs:.6g}", f"{s.warmup_steps:.2f}", f"{s.steps_per_epoch:.2f}"
         last = "-" if s.total_steps is None else f"{s(math.ceil(s.total_steps) - 1):.4g}"
-        rows.append((str(s.batch_size), f"{s.scale:.6g}", f"{s.peak_lr:.6g}", *epochs, total, last))
-    header = "batch", "k", "peak LR", "warm-up epochs", "warm-up updates", "updates/epoch", "total updates", "last LR"
+        curve = () if critical is None else (f"{x:.3g}" for x in time_and_samples(s.batch_size, critical))
+        rows.append((str(s.batch_size), f"{s.scale:.6g}", f"{s.peak_lr:.6g}", *epochs, total, last, *curve))
+    header = ["batch", "k", "peak LR", "warm-up epochs", "warm-up updates", "updates/epoch", "total updates", "last LR"]
+    header += [] if critical is None else ["S/S_min", "E/E_min"]
     print(_table(header, rows))
     print(*notes, sep="\n", end="\n" if notes else "")
     return 0
@@ -146,26 +175,50 @@ def _plot(schedules: Sequence[LEGW], args: argparse.Namespace) -> None:
     if not os.path.splitext(args.plot)[1] or os.path.isdir(args.plot):
         raise UsageError(f"--plot must be a file name that ends in .png, .pdf, .svg, ..., got {args.plot!r}")
     try:
-        from matplotlib import colormaps
         from matplotlib.figure import Figure
     except ImportError as error:
         raise UsageError(f"--plot {args.plot} needs matplotlib: pip install 'fused-legw[plot]'") from error
-    figure = Figure(figsize=(7, 4), layout="constrained")
-    ax = figure.subplots()
+    noisy = args.noise_scale is not None
+    figure = Figure(figsize=(12 if noisy else 7, 4), layout="constrained")
+    ax, *others = figure.subplots(1, 2 if noisy else 1, squeeze=False)[0]
     for i, schedule in enumerate(schedules):
-        color = colormaps["viridis"](0.9 * i / max(1, len(schedules) - 1))
-        schedule.plot(ax, color=color, label=f"batch {schedule.batch_size}: peak {schedule.peak_lr:.4g}")
+        schedule.plot(
+            ax, color=_color(i, len(schedules)), label=f"batch {schedule.batch_size}: peak {schedule.peak_lr:.4g}"
+        )
     ax.set_title(f"LEGW, {args.scaling} scaling, {args.decay} decay", loc="left")
     ax.set_xlim(left=0)
     ax.set_ylim(bottom=0)
     ax.grid(alpha=0.3)
     ax.spines[["top", "right"]].set_visible(False)
     ax.legend(framealpha=1, edgecolor="none")
+    for beside in others:
+        _draw_curve(beside, [s.batch_size for s in schedules], args.noise_scale)
     try:
         figure.savefig(args.plot, dpi=150)
     except (OSError, ValueError) as error:
         raise UsageError(f"--plot {args.plot} cannot be written: {error}") from error
     print(f"plot written to {args.plot}", file=sys.stderr)
+
+
+def _color(i: int, n: int) -> Any:
+    from matplotlib import colormaps
+
+    return colormaps["viridis"](0.9 * i / max(1, n - 1))
+
+
+def _draw_curve(ax: Any, batches: Sequence[int], critical: float) -> None:
+    """Updates against samples, both over the fewest possible, with the batches on the curve."""
+    smooth = [time_and_samples(critical * 10 ** (i / 50), critical) for i in range(-75, 76)]
+    ax.plot([samples for _, samples in smooth], [updates for updates, _ in smooth], color="black", lw=1)
+    for i, batch in enumerate(batches):
+        updates, samples = time_and_samples(batch, critical)
+        ax.plot(samples, updates, "o", label=f"batch {batch}", c=_color(i, len(batches)))
+    ax.plot(2, 2, "x", color="black", label=f"the noise scale, {critical:g}")
+    ax.set(xscale="log", yscale="log", xlabel="samples, over the fewest", ylabel="updates, over the fewest")
+    ax.set_title("to a given loss: (S/S_min − 1)(E/E_min − 1) = 1", loc="left")
+    ax.grid(alpha=0.3)
+    ax.spines[["top", "right"]].set_visible(False)
+    ax.legend(framealpha=1, edgecolor="none")
 
 
 # verify

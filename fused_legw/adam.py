@@ -13,7 +13,7 @@ from legw_kernels.scalars import AdamHyper
 from .checks import check_flag, check_pair, check_scalar
 from .optimizer import FusedOptimizer
 from .rule import Group, Rule, Tensors, floats, log, number, scaled
-from .schedule import LEGW
+from .schedule import Schedule
 
 
 class AdamRule(Rule):
@@ -120,7 +120,7 @@ class Adam(FusedOptimizer):
     def __init__(
         self,
         params: Iterable[Any],
-        lr: float | Tensor | LEGW = 1e-3,
+        lr: float | Tensor | Schedule = 1e-3,
         betas: tuple[float | Tensor, float | Tensor] = (0.9, 0.999),
         eps: float = 1e-8,
         weight_decay: float = 0,
@@ -161,7 +161,7 @@ class AdamW(Adam):
     def __init__(
         self,
         params: Iterable[Any],
-        lr: float | Tensor | LEGW = 1e-3,
+        lr: float | Tensor | Schedule = 1e-3,
         betas: tuple[float | Tensor, float | Tensor] = (0.9, 0.999),
         eps: float = 1e-8,
         weight_decay: float = 1e-2,

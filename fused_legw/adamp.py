@@ -15,7 +15,7 @@ from .adam import AdamRule
 from .checks import check_flag, check_number
 from .optimizer import FusedOptimizer
 from .rule import Group, Tensors, floats, number, scaled
-from .schedule import LEGW
+from .schedule import Schedule
 
 
 class AdamPRule(AdamRule):
@@ -107,7 +107,7 @@ class AdamP(FusedOptimizer):
     Args:
         params: parameters, named parameters, or param groups, each of which may set any of the options below. Of
             those of more than one dimension, the slices along the first must be contiguous, as in channels_last.
-        lr: a number, a 1-element tensor, or a `LEGW` schedule.
+        lr: a number, a 1-element tensor, or a schedule: `LEGW` or `AutoWU`.
         betas, eps, maximize: as in torch.optim.Adam.
         weight_decay: decoupled, as in torch.optim.AdamW.
         delta: what the cosine is compared with; 0 for no projection.
@@ -132,7 +132,7 @@ class AdamP(FusedOptimizer):
     def __init__(
         self,
         params: Iterable[Any],
-        lr: float | Tensor | LEGW = 1e-3,
+        lr: float | Tensor | Schedule = 1e-3,
         betas: tuple[float | Tensor, float | Tensor] = (0.9, 0.999),
         eps: float = 1e-8,
         weight_decay: float = 0,

@@ -17,7 +17,7 @@ from .adam import AdamRule, fused_adam
 from .checks import check_flag
 from .optimizer import FusedOptimizer
 from .rule import Flat, Group, Tensors, floats
-from .schedule import LEGW
+from .schedule import Schedule
 
 
 class LAMBRule(AdamRule):
@@ -106,7 +106,7 @@ class LAMB(FusedOptimizer):
 
     Args:
         params: parameters, named parameters, or param groups, each of which may set any of the options below.
-        lr: a number, a 1-element tensor, or a `LEGW` schedule.
+        lr: a number, a 1-element tensor, or a schedule: `LEGW` or `AutoWU`.
         betas, maximize: as in torch.optim.Adam.
         variant: whose LAMB: "paper", "author-tf", "apex", "timm", "deepspeed", "optax". It sets what follows, None
             leaving each as the variant has it, and max_grad_norm: 1.0 for "author-tf", "apex" and "timm", which
@@ -137,7 +137,7 @@ class LAMB(FusedOptimizer):
     def __init__(
         self,
         params: Iterable[Any],
-        lr: float | Tensor | LEGW = 1e-3,
+        lr: float | Tensor | Schedule = 1e-3,
         betas: tuple[float | Tensor, float | Tensor] = (0.9, 0.999),
         eps: float | None = None,
         weight_decay: float | None = None,

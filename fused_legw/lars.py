@@ -15,7 +15,7 @@ from . import variants
 from .checks import check_flag, check_number, unread
 from .optimizer import FusedOptimizer
 from .rule import Group, Tensors, floats, norms, scaled
-from .schedule import LEGW
+from .schedule import Schedule
 from .sgd import SGDRule, fused_sgd
 
 _FORMS = {
@@ -123,7 +123,7 @@ class LARS(FusedOptimizer):
 
     Args:
         params: parameters, named parameters, or param groups, each of which may set any of the options below.
-        lr: a number, a 1-element tensor, or a `LEGW` schedule.
+        lr: a number, a 1-element tensor, or a schedule: `LEGW` or `AutoWU`.
         momentum, weight_decay, dampening, nesterov, maximize: as in torch.optim.SGD.
         variant: whose LARS: "paper", "tensorflow", "simclr", "simclr-popular", "nvidia", "apex-larc", "rocm",
             "torchlars", "timm", "bolts", "moco", "optax". It sets the axes below; None leaves one as it is there.
@@ -161,7 +161,7 @@ class LARS(FusedOptimizer):
     def __init__(
         self,
         params: Iterable[Any],
-        lr: float | Tensor | LEGW,
+        lr: float | Tensor | Schedule,
         momentum: float = 0.9,
         weight_decay: float = 0,
         dampening: float = 0,

@@ -14,7 +14,7 @@ from legw_kernels.scalars import MomentumHyper
 from .checks import check_flag, check_scalar, unread
 from .optimizer import FusedOptimizer
 from .rule import Group, Rule, Tensors, floats, number, scaled
-from .schedule import LEGW
+from .schedule import Schedule
 
 
 class SGDRule(Rule):
@@ -94,7 +94,7 @@ class SGD(FusedOptimizer):
 
     Args:
         params: parameters, named parameters, or param groups, each of which may set any of the options below.
-        lr: a number, a 1-element tensor (driven by torch's LR schedulers as usual), or a `LEGW` schedule, whose LR the
+        lr: a number, a 1-element tensor (driven by torch's LR schedulers as usual), or a schedule, `LEGW` or `AutoWU`, whose LR the
             step works out itself from the number of updates applied so far.
         momentum, dampening, weight_decay, nesterov, maximize: as in torch.optim.SGD.
         max_grad_norm, skip_nonfinite, backend, flatten, master_weights, tile: as in every `FusedOptimizer`.
@@ -119,7 +119,7 @@ class SGD(FusedOptimizer):
     def __init__(
         self,
         params: Iterable[Any],
-        lr: float | Tensor | LEGW = 1e-3,
+        lr: float | Tensor | Schedule = 1e-3,
         momentum: float = 0,
         dampening: float = 0,
         weight_decay: float = 0,

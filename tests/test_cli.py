@@ -65,6 +65,25 @@ def test_plan_says_what_does_not_fit(capsys):
     ]
 
 
+def test_plan_marks_batches_past_the_noise_scale(capsys, tmp_path):
+    plot = tmp_path / "plan.png"
+    arguments = ["plan", *RECIPE, "8192", "--noise-scale", "4096"]
+    assert main([*arguments, "--plot", str(plot)]) == 0
+    header, *rows, note = capsys.readouterr().out.splitlines()
+    assert header.endswith("S/S_min  E/E_min")
+    assert [row.split()[-2:] for row in rows] == [["9", "1.12"], ["1.5", "3"]]
+    assert note == (
+        "batch 8192: past the noise scale of 4096: 3 times the fewest samples, for 1.5 times the fewest updates"
+    )
+    assert plot.stat().st_size > 10_000
+    assert main([*arguments, "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert [(plan["relative_updates"], plan["relative_samples"]) for plan in found["plans"]] == [(9, 1.125), (1.5, 3)]
+    for wrong in "0", "-4", "nan":
+        message = refused(capsys, "plan", *RECIPE, "--noise-scale", wrong)
+        assert message == f"--noise-scale must be a finite positive number, got {float(wrong)}"
+
+
 @pytest.mark.parametrize("name", ["", "plot", "."])
 def test_a_plot_needs_a_name_that_says_its_format(capsys, name):
     message = refused(capsys, "plan", *RECIPE[:-1], "512", "--plot", name)

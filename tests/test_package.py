@@ -16,7 +16,7 @@ ROOT = Path(__file__).resolve().parents[1]
 KERNELS = ["scalars", "rules", "norms", "tables", "tiles", "rows", "measure", "update", "launch"]
 PACKAGE = [
     {"decays", "checks"},
-    {"schedule", "variants", "table", "control"},
+    {"schedule", "variants", "table", "control", "noise_scale"},
     {"autowu", "reference"},
     {"rule"},
     {"flat"},
