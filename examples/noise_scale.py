@@ -31,7 +31,7 @@ def train(app, told):
                 for part in zip(*(tensor.split(SMALL) for tensor in batch), strict=True):
                     loss, _ = app.loss(model, part, ())
                     (loss * SMALL / BIG).backward()
-                    total += float(loss) * SMALL
+                    total += float(loss.detach()) * SMALL
                 norms.step()
                 optimizer.step()
             told(epoch + 1, total / app.samples(), noise)

@@ -97,7 +97,8 @@ class Adam(FusedOptimizer):
 
     Args:
         params: parameters, named parameters, or param groups, each of which may set any of the options below.
-        lr: a number, a 1-element tensor (driven by torch's LR schedulers as usual), or a `LEGW` schedule.
+        lr: a number, a 1-element tensor (driven by torch's LR schedulers as usual), or a schedule: `LEGW` or
+            `AutoWU`.
         betas, eps, weight_decay, amsgrad, maximize, decoupled_weight_decay: as in torch.optim.Adam.
         max_grad_norm, skip_nonfinite, backend, flatten, master_weights, tile: as in every `FusedOptimizer`.
         foreach, fused, capturable: accepted and ignored, but not both of the first. differentiable: must be False.

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from . import variants
-from .schedule import LEGW, Schedule
+from .schedule import Schedule
 
 LAYOUT = frozenset(
     {"foreach", "fused", "differentiable", "capturable", "backend", "flatten", "master_weights", "carry_norms", "tile"}
@@ -77,7 +77,7 @@ class SGD(_Reference):
     def __init__(
         self,
         params: Iterable[Any],
-        lr: float | Tensor | LEGW = 1e-3,
+        lr: float | Tensor | Schedule = 1e-3,
         momentum: float = 0,
         dampening: float = 0,
         weight_decay: float = 0,
@@ -123,7 +123,7 @@ class LARS(SGD):
     def __init__(
         self,
         params: Iterable[Any],
-        lr: float | Tensor | LEGW,
+        lr: float | Tensor | Schedule,
         momentum: float = 0.9,
         weight_decay: float = 0,
         dampening: float = 0,
@@ -186,7 +186,7 @@ class Adam(_Reference):
     def __init__(
         self,
         params: Iterable[Any],
-        lr: float | Tensor | LEGW = 1e-3,
+        lr: float | Tensor | Schedule = 1e-3,
         betas: tuple[float | Tensor, float | Tensor] = (0.9, 0.999),
         eps: float | None = 1e-8,
         weight_decay: float | None = 0,
@@ -237,7 +237,7 @@ class AdamW(Adam):
     def __init__(
         self,
         params: Iterable[Any],
-        lr: float | Tensor | LEGW = 1e-3,
+        lr: float | Tensor | Schedule = 1e-3,
         betas: tuple[float | Tensor, float | Tensor] = (0.9, 0.999),
         eps: float = 1e-8,
         weight_decay: float = 1e-2,
@@ -253,7 +253,7 @@ class AdamP(Adam):
     def __init__(
         self,
         params: Iterable[Any],
-        lr: float | Tensor | LEGW = 1e-3,
+        lr: float | Tensor | Schedule = 1e-3,
         betas: tuple[float | Tensor, float | Tensor] = (0.9, 0.999),
         eps: float = 1e-8,
         weight_decay: float = 0,
@@ -299,7 +299,7 @@ class LAMB(Adam):
     def __init__(
         self,
         params: Iterable[Any],
-        lr: float | Tensor | LEGW = 1e-3,
+        lr: float | Tensor | Schedule = 1e-3,
         betas: tuple[float | Tensor, float | Tensor] = (0.9, 0.999),
         eps: float | None = None,
         weight_decay: float | None = None,

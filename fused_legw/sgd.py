@@ -94,8 +94,8 @@ class SGD(FusedOptimizer):
 
     Args:
         params: parameters, named parameters, or param groups, each of which may set any of the options below.
-        lr: a number, a 1-element tensor (driven by torch's LR schedulers as usual), or a schedule, `LEGW` or `AutoWU`, whose LR the
-            step works out itself from the number of updates applied so far.
+        lr: a number, a 1-element tensor (driven by torch's LR schedulers as usual), or a schedule, `LEGW` or `AutoWU`,
+            whose LR the step works out itself from the number of updates applied so far.
         momentum, dampening, weight_decay, nesterov, maximize: as in torch.optim.SGD.
         max_grad_norm, skip_nonfinite, backend, flatten, master_weights, tile: as in every `FusedOptimizer`.
         foreach, fused: accepted and ignored, but not both. differentiable: must be False.
