@@ -149,6 +149,23 @@ def test_default_data_are_real_and_apart():
     assert all(source != target for source, target in by_source.items())
 
 
+def test_noise_scale_and_autowu_run(tmp_path, capsys):
+    from examples import autowu, noise_scale
+
+    noise_scale.main(["--epochs", "3", "--output", str(tmp_path)])
+    header, *lines = (tmp_path / "noise_scale.csv").read_text().splitlines()
+    assert header == "epoch,loss,noise_scale,low,high,trace,grad_sq"
+    assert len(lines) == 3
+    losses = [float(line.split(",")[1]) for line in lines]
+    assert losses[-1] < losses[0]
+    assert (tmp_path / "noise_scale.png").stat().st_size > 10_000
+    autowu.main(["--epochs", "4", "--seeds", "1", "--output", str(tmp_path / "autowu.jsonl")])
+    rows = [json.loads(line) for line in (tmp_path / "autowu.jsonl").read_text().splitlines()]
+    assert [row["arm"] for row in rows] == ["baseline", "legw", "autowu"]
+    assert rows[2]["switch"][0] == 16  # nothing stops falling so soon: half of 4 epochs of 8 updates
+    assert "autowu" in capsys.readouterr().out
+
+
 # The command line
 
 
