@@ -10,7 +10,7 @@ from torch.nn import functional as F
 
 from fused_legw import LEGW, AdamW
 
-from .trainer import Application, need
+from .trainer import Application, main, need
 
 PAD, START, END, UNKNOWN = range(4)
 # English number names to French ones, from the package num2words: 71 is "soixante et onze", 80 "quatre-vingts".
@@ -228,6 +228,4 @@ def _encode(sentences, vocabulary):
 
 
 if __name__ == "__main__":
-    from .trainer import main
-
     main(GNMT())

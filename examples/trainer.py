@@ -13,7 +13,7 @@ import torch
 from tqdm import tqdm
 
 from benchmarks.provenance import commit, device_name
-from fused_legw import LAMB, LARS, LEGW, SGD, Adam, AdamW, GradScaler
+from fused_legw import LAMB, LARS, LEGW, SGD, Adam, AdamP, AdamW, GradScaler
 from fused_legw.backends import explain_backend
 from fused_legw.demo import select
 
@@ -28,6 +28,7 @@ OPTIMIZERS = {
     "lars": partial(LARS, momentum=0.9),
     "adam": Adam,
     "adamw": AdamW,
+    "adamp": AdamP,
     "lamb": LAMB,
 }
 TUNING_SEEDS = 100, 101  # never those of recorded runs, which are 0, 1, 2, ...

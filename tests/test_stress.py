@@ -14,7 +14,7 @@ from cases import give_gradients, make_params, same, twins
 from conftest import DEVICE
 from test_capture import _capturing
 
-from fused_legw import LAMB, LARS, LEGW, SGD, Adam, AdamW, table
+from fused_legw import LAMB, LARS, LEGW, SGD, Adam, AdamP, AdamW, table
 
 pytestmark = pytest.mark.gpu
 
@@ -95,7 +95,7 @@ def test_every_program_reads_the_count_of_its_own_step(triton_device, monkeypatc
 
 
 @pytest.mark.parametrize("options", [dict(), dict(max_grad_norm=1.0, skip_nonfinite=True)], ids=["plain", "clipped"])
-@pytest.mark.parametrize("cls", [LARS, LAMB])
+@pytest.mark.parametrize("cls", [LARS, LAMB, AdamP])
 def test_measured_steps_give_the_same_bits_in_every_run(triton_device, load, cls, options):
     """Norms of one launch are read by the next, however long each takes: under load as without."""
     shapes = UNEVEN[-30:]
@@ -121,7 +121,7 @@ def test_measured_steps_give_the_same_bits_in_every_run(triton_device, load, cls
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
-@pytest.mark.parametrize("cls", [SGD, Adam, AdamW, LARS, LAMB])
+@pytest.mark.parametrize("cls", [SGD, Adam, AdamW, LARS, LAMB, AdamP])
 def test_every_kernel_once(triton_device, cls, dtype):
     """Small tensors, whole tiles and parts of them: what tests/gpu.py lets compute-sanitizer watch."""
     for options in (dict(), dict(max_grad_norm=1.0, skip_nonfinite=True)):
