@@ -1,6 +1,7 @@
 """What the applications share: a training loop, checkpoints, a sweep over batches, and the command line."""
 
 import argparse
+import hashlib
 import importlib
 import json
 import math
@@ -302,9 +303,9 @@ def run(app, plan, settings, file):
 
 
 def _run_one(app, planned, key, settings, file, bar):
-    name = f"{file.stem}-{planned.split}-{planned.arm}-{planned.schedule.batch_size}-{planned.seed}"
-    name += f"-{planned.schedule.base_lr:g}-{planned.schedule.base_warmup_epochs:g}"
-    checkpoint = file.parent / "checkpoints" / f"{name}.pt"
+    # A name of its own for everything that makes a run another one.
+    name = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:16]
+    checkpoint = file.parent / "checkpoints" / f"{app.name}-{name}.pt"
 
     def told(updates, loss):
         bar.set_postfix_str(f"{app.name} {planned.arm} {planned.schedule.batch_size}, seed {planned.seed}: {loss:.4f}")
