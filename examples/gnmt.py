@@ -118,7 +118,7 @@ class GNMT(Application):
     multiples = 1, 2, 4, 8, 16
     lrs, warmups = (0.0005, 0.001, 0.002, 0.004), (0.0625, 0.25)
     packages = ("sacrebleu",)
-    recipe = LEGW(0.001, 8, 0.25, batch_size=8, dataset_size=PAIRS, epochs=20)
+    recipe = LEGW(0.002, 8, 0.25, batch_size=8, dataset_size=PAIRS, epochs=20)
     hidden, layers, dropout, smoothing = 32, 3, 0.0, 0.1
 
     def optimizer(self, model, schedule):

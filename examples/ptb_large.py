@@ -8,11 +8,11 @@ from .trainer import main
 
 class PTBLarge(LanguageModel):
     name, title = "ptb_large", "PTB-large (King James Version)"
-    target = 100.0
-    # The rule chose the largest of the first four, so a fifth was added before any larger batch was run.
-    lrs, warmups = (0.03125, 0.0625, 0.125, 0.25, 0.5), (0.015625, 0.0625)
+    target = 35.0
+    # The rule chose the largest of the first four, then the fifth: both times one more was added, before any larger batch.
+    lrs, warmups = (0.03125, 0.0625, 0.125, 0.25, 0.5, 1.0), (0.015625, 0.0625)
     tokens, steps, hidden, dropout = 100_000, 35, 80, 0.2
-    recipe = LEGW(0.125, 2, 0.0625, batch_size=2, dataset_size=2857, epochs=8, decay=Polynomial(power=2))
+    recipe = LEGW(0.5, 2, 0.0625, batch_size=2, dataset_size=2857, epochs=8, decay=Polynomial(power=2))
 
     def optimizer(self, model, schedule):
         return SGD(model.parameters(), lr=schedule, momentum=0.9, max_grad_norm=self.max_grad_norm)

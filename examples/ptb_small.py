@@ -8,7 +8,7 @@ from .trainer import main
 
 class PTBSmall(LanguageModel):
     name, title = "ptb_small", "PTB-small (King James Version)"
-    target = 110.0
+    target = 45.0
     lrs, warmups = (0.03125, 0.0625, 0.125, 0.25), (0.015625, 0.0625)
     recipe = LEGW(
         0.125, 2, 0.0625, batch_size=2, dataset_size=2999, epochs=10, decay=Exponential(rate=0.5, start_epoch=5)
