@@ -79,7 +79,7 @@ def plot(rows, file):
     loss_axis.set_ylabel("training loss", color="tab:orange")
     loss_axis.set_yscale("log")
     ax.grid(alpha=0.3)
-    ax.legend(frameon=False, loc="upper left")
+    ax.legend(frameon=False, loc="lower right")
     figure.savefig(file, dpi=130)
 
 

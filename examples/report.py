@@ -255,10 +255,15 @@ def _summary(records):
         what = app.title, f"{app.metric} {_spread(record.baseline.qualities)}", f"{last.batch} (×{last.scale:g})"
         yes = "yes" if holds else "no"
         lines.append((*what, quality, f"{last.updates}", yes, _times(faster), _times(record.sooner(last))))
+    missing = sorted(set(LSTMS) - {record.app.name for record in records})
     average = (
-        f"Whole runs of the {len(speedups)} LSTM applications are {fmean(speedups):.2f}× faster on average at their "
-        f"largest batch; the paper has {PAPER_SPEEDUP}×, at equal quality. There quality held in {len(held)} of "
-        f"{len(speedups)}" + (f", which are {fmean(held):.2f}× faster." if held else ".")
+        f"No average over the LSTM applications yet: {', '.join(missing)} not recorded."
+        if missing
+        else (
+            f"Whole runs of the {len(speedups)} LSTM applications are {fmean(speedups):.2f}× faster on average at "
+            f"their largest batch; the paper has {PAPER_SPEEDUP}×, at equal quality. There quality held in {len(held)} of "
+            f"{len(speedups)}" + (f", which are {fmean(held):.2f}× faster." if held else ".")
+        )
     )
     limits = [
         (
