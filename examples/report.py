@@ -261,8 +261,8 @@ def _summary(records):
         if missing
         else (
             f"Whole runs of the {len(speedups)} LSTM applications are {fmean(speedups):.2f}× faster on average at "
-            f"their largest batch; the paper has {PAPER_SPEEDUP}×, at equal quality. There quality held in {len(held)} of "
-            f"{len(speedups)}" + (f", which are {fmean(held):.2f}× faster." if held else ".")
+            f"their largest batch; the paper has {PAPER_SPEEDUP}×, at equal quality. There quality held in {len(held)} "
+            f"of {len(speedups)}" + (f", which are {fmean(held):.2f}× faster." if held else ".")
         )
     )
     limits = [
