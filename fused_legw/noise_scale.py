@@ -290,7 +290,7 @@ class DistributedNorms:
     def __init__(self, noise: GradientNoiseScale, process_group: Any = None) -> None:
         import torch.distributed
 
-        self._group: Any = process_group if process_group is not None else torch.distributed.group.WORLD
+        self._group = process_group
         workers = torch.distributed.get_world_size(self._group)
         if noise.big_batch != workers * noise.small_batch:
             fail("noise.big_batch", noise.big_batch, f"{workers} workers times small_batch={noise.small_batch}")
