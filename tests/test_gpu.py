@@ -121,4 +121,4 @@ def test_the_sanitizer_watches_every_kernel_where_it_is(monkeypatch, tmp_path):
     tests = memcheck[memcheck.index(sys.executable) :]
     command = [*tests, "--collect-only", "-q"]
     found = subprocess.run(command, cwd=gpu.ROOT, env=gpu.environment(), capture_output=True, text=True, check=True)
-    assert found.stdout.count("test_every_kernel_once") == 15
+    assert found.stdout.count("test_every_kernel_once") == 18
