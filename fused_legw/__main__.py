@@ -70,20 +70,8 @@ def _add_plan(parser: argparse.ArgumentParser) -> None:
         help="gradient noise scale in samples, as GradientNoiseScale measures it late in a baseline run: adds the "
         "updates and samples to a given loss over the fewest possible, and marks batches past S",
     )
-    parser.add_argument(
-        "--noise-scale",
-        type=float,
-        metavar="S",
-        help="gradient noise scale in samples, as measured in training by fused_legw.GradientNoiseScale: says for each "
-        "batch how many steps and samples it needs, over the least possible, and marks batches larger than S, where "
-        "more samples are spent than time is saved",
-    )
     parser.add_argument("--json", action="store_true", help="print JSON")
-    parser.add_argument(
-        "--plot",
-        metavar="FILE",
-        help="draw LR against epochs, all batches in one figure; with --noise-scale steps against samples as well",
-    )
+    parser.add_argument("--plot", metavar="FILE", help="draw LR against epochs, all batches in one figure")
     parser.set_defaults(run=run_plan)
 
 
@@ -152,35 +140,24 @@ def _noise_notes(schedules: Sequence[LEGW], critical: float) -> list[str]:
     return notes
 
 
-def _costs(schedules: Sequence[LEGW], noise_scale: float | None) -> list[tuple[float, float]]:
-    """(steps, samples) of each batch over the least there are; none without a noise scale."""
-    if noise_scale is None:
-        return []
-    _valid(number, "noise_scale", noise_scale)
-    return [time_samples(s.batch_size, noise_scale) for s in schedules]
-
-
 def run_plan(args: argparse.Namespace) -> int:
     schedules = _schedules(args)
-    costs = _costs(schedules, args.noise_scale)
     notes = [note for schedule in schedules for note in _notes(schedule)]
     critical = args.noise_scale
     if critical is not None:
         critical = _valid(number, "noise_scale", critical)
         notes += _noise_notes(schedules, critical)
     if args.plot is not None:
-        _plot(schedules, costs, args)
+        _plot(schedules, args)
     if args.json:
         names = ("batch_size", "scale", "peak_lr", "warmup_epochs", "warmup_steps", "steps_per_epoch", "total_steps")
         plans = [{name: getattr(s, name) for name in names} | {"schedule": s.to_dict()} for s in schedules]
         if critical is not None:
             for plan, s in zip(plans, schedules, strict=True):
                 plan["relative_updates"], plan["relative_samples"] = time_and_samples(s.batch_size, critical)
-        for plan, (steps, samples) in zip(plans, costs, strict=False):
-            plan |= {"relative_steps": steps, "relative_samples": samples}
         print(json.dumps({"plans": plans, "notes": notes}, indent=2))
         return 0
-    rows = list[tuple[str, ...]]()
+    rows = []
     for s in schedules:
         total = "-" if s.total_steps is None else f"{s.total_steps:.2f}"
         epochs = f"{s.warmup_epochs:.6g}", f"{s.warmup_steps:.2f}", f"{s.steps_per_epoch:.2f}"
@@ -194,7 +171,7 @@ def run_plan(args: argparse.Namespace) -> int:
     return 0
 
 
-def _plot(schedules: Sequence[LEGW], costs: Sequence[tuple[float, float]], args: argparse.Namespace) -> None:
+def _plot(schedules: Sequence[LEGW], args: argparse.Namespace) -> None:
     if not os.path.splitext(args.plot)[1] or os.path.isdir(args.plot):
         raise UsageError(f"--plot must be a file name that ends in .png, .pdf, .svg, ..., got {args.plot!r}")
     try:
@@ -211,12 +188,9 @@ def _plot(schedules: Sequence[LEGW], costs: Sequence[tuple[float, float]], args:
     ax.set_title(f"LEGW, {args.scaling} scaling, {args.decay} decay", loc="left")
     ax.set_xlim(left=0)
     ax.set_ylim(bottom=0)
+    ax.grid(alpha=0.3)
+    ax.spines[["top", "right"]].set_visible(False)
     ax.legend(framealpha=1, edgecolor="none")
-    for other in others:
-        _draw_costs(other, costs, colors, [f"{schedule.batch_size}" for schedule in schedules], args.noise_scale)
-    for ax in figure.axes:
-        ax.grid(alpha=0.3)
-        ax.spines[["top", "right"]].set_visible(False)
     for beside in others:
         _draw_curve(beside, [s.batch_size for s in schedules], args.noise_scale)
     try:
@@ -245,21 +219,6 @@ def _draw_curve(ax: Any, batches: Sequence[int], critical: float) -> None:
     ax.grid(alpha=0.3)
     ax.spines[["top", "right"]].set_visible(False)
     ax.legend(framealpha=1, edgecolor="none")
-
-
-def _draw_costs(
-    ax: Any, costs: Sequence[tuple[float, float]], colors: Iterable[Any], labels: Iterable[str], noise_scale: float
-) -> None:
-    """The curve from a batch far below the noise scale to one far above, and the planned batches on it."""
-    reach = max(30.0, *(max(cost) for cost in costs))
-    ratios = [reach ** (i / 100) for i in range(-100, 101)]
-    ax.plot(*zip(*(time_samples(ratio, 1)[::-1] for ratio in ratios), strict=True), color="gray", zorder=0)
-    for (steps, samples), color, label in zip(costs, colors, labels, strict=True):
-        ax.plot(samples, steps, "o", color=color)
-        ax.annotate(label, (samples, steps), xytext=(6, 4), textcoords="offset points")
-    ax.axline((1, 1), slope=1, color="gray", linestyle=":", linewidth=1)
-    ax.set(xscale="log", yscale="log", xlabel="samples / least samples", ylabel="steps / least steps")
-    ax.set_title(f"noise scale {noise_scale:g}: dotted, a batch of that", loc="left")
 
 
 # verify

@@ -90,22 +90,6 @@ def test_a_plot_needs_a_name_that_says_its_format(capsys, name):
     assert message == f"--plot must be a file name that ends in .png, .pdf, .svg, ..., got {name!r}"
 
 
-def test_plan_marks_batches_past_the_noise_scale(capsys):
-    batches = [256, 512, 1024, 8192]
-    assert main(["plan", *RECIPE[:-1], *map(str, batches), "--noise-scale", "512"]) == 0
-    header, *rows = capsys.readouterr().out.splitlines()
-    assert header.split()[-2:] == ["steps/least", "samples/least"]
-    assert [row.split()[8:] for row in rows] == [
-        ["3", "1.5"],
-        ["2", "2"],
-        ["1.5", "3", "past", "512"],
-        ["1.062", "17", "past", "512"],
-    ]
-    assert main(["plan", *RECIPE, "1024", "--noise-scale", "512", "--json"]) == 0
-    plans = json.loads(capsys.readouterr().out)["plans"]
-    assert [(plan["relative_steps"], plan["relative_samples"]) for plan in plans] == [(2, 2), (1.5, 3)]
-
-
 def test_plan_as_json(capsys):
     assert main(["plan", *RECIPE, "32768", "--decay", "polynomial", "--power", "2", "--json"]) == 0
     _, plan = json.loads(capsys.readouterr().out)["plans"]
@@ -141,11 +125,10 @@ def test_plan_without_epochs_has_no_total(capsys):
     assert capsys.readouterr().out.split()[-1] == "-"
 
 
-@pytest.mark.parametrize("options", [[], ["--noise-scale", "1500"]])
-def test_plan_draws_all_batches(capsys, tmp_path, options):
+def test_plan_draws_all_batches(capsys, tmp_path):
     pytest.importorskip("matplotlib")
     file = tmp_path / "plan.png"
-    assert main(["plan", *RECIPE, "4096", "--decay", "cosine", "--plot", str(file), *options]) == 0
+    assert main(["plan", *RECIPE, "4096", "--decay", "cosine", "--plot", str(file)]) == 0
     assert file.read_bytes().startswith(b"\x89PNG")
 
 
@@ -161,10 +144,6 @@ def test_plan_draws_all_batches(capsys, tmp_path, options):
         ("--epochs inf", "--epochs must be a finite positive number, got inf"),
         ("--scaling log", "argument --scaling: invalid choice: 'log'"),
         ("--decay step", "argument --decay: invalid choice: 'step'"),
-        ("--noise-scale 0", "--noise-scale must be a finite positive number, got 0.0"),
-        ("--noise-scale -3", "--noise-scale must be a finite positive number, got -3.0"),
-        ("--noise-scale inf", "--noise-scale must be a finite positive number, got inf"),
-        ("--noise-scale big", "argument --noise-scale: invalid float value: 'big'"),
         ("--power 2", "--power 2.0 does not belong to --decay constant"),
         ("--decay cosine --factor 0.1", "--factor 0.1 does not belong to --decay cosine"),
         ("--decay multistep --milestones 3 --no-staircase", "--staircase False does not belong to --decay multistep"),
