@@ -188,9 +188,7 @@ def _plot(schedules: Sequence[LEGW], args: argparse.Namespace) -> None:
     ax.set_title(f"LEGW, {args.scaling} scaling, {args.decay} decay", loc="left")
     ax.set_xlim(left=0)
     ax.set_ylim(bottom=0)
-    ax.grid(alpha=0.3)
-    ax.spines[["top", "right"]].set_visible(False)
-    ax.legend(framealpha=1, edgecolor="none")
+    _finish(ax)
     for beside in others:
         _draw_curve(beside, [s.batch_size for s in schedules], args.noise_scale)
     try:
@@ -206,6 +204,12 @@ def _color(i: int, n: int) -> Any:
     return colormaps["viridis"](0.9 * i / max(1, n - 1))
 
 
+def _finish(ax: Any) -> None:
+    ax.grid(alpha=0.3)
+    ax.spines[["top", "right"]].set_visible(False)
+    ax.legend(framealpha=1, edgecolor="none")
+
+
 def _draw_curve(ax: Any, batches: Sequence[int], critical: float) -> None:
     """Updates against samples, both over the fewest possible, with the batches on the curve."""
     smooth = [time_and_samples(critical * 10 ** (i / 50), critical) for i in range(-75, 76)]
@@ -216,9 +220,7 @@ def _draw_curve(ax: Any, batches: Sequence[int], critical: float) -> None:
     ax.plot(2, 2, "x", color="black", label=f"the noise scale, {critical:g}")
     ax.set(xscale="log", yscale="log", xlabel="samples, over the fewest", ylabel="updates, over the fewest")
     ax.set_title("to a given loss: (S/S_min − 1)(E/E_min − 1) = 1", loc="left")
-    ax.grid(alpha=0.3)
-    ax.spines[["top", "right"]].set_visible(False)
-    ax.legend(framealpha=1, edgecolor="none")
+    _finish(ax)
 
 
 # verify
