@@ -24,8 +24,8 @@ _BATCH = 1 << 21  # elements: what is made of them on the way should stay in a c
 class Batch:
     """Segments of one bucket, group and count that ATen updates together, and the lists of their tensors.
 
-    count: their earlier updates, less those of the bucket's first that moves. rows: their places in its tables.
-    first_column: the bucket's first place in those of the device.
+    count: their earlier updates. rows: their places in the bucket's tables. first_column: the bucket's first place in
+    those of the device. converts: whether any gradient is of another dtype than the arithmetic, once known.
     """
 
     bucket: Bucket
@@ -33,12 +33,13 @@ class Batch:
     count: int
     chosen: list[int]
     first_column: int
+    converts: bool | None = None
     _states: dict[tuple[str, bool], list[Tensor]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         first, after = self.chosen[0], self.chosen[-1] + 1
         self.adjacent = after - first == len(self.chosen)
-        self.rows = slice(first, after) if self.adjacent else torch.tensor(self.chosen, device="cpu")
+        self.rows = slice(first, after) if self.adjacent else self.chosen
         self.params = [self.bucket.segments[i].param for i in self.chosen]
         tile, segments = self.bucket.tile, [self.bucket.segments[i] for i in self.chosen]
         self._starts = [segment.first_tile * tile for segment in segments]
@@ -69,6 +70,13 @@ class Batch:
             self._states[name, whole] = every
         return self._states[name, whole]
 
+    def gradients(self, some: Gradients, *, alike: bool) -> list[Tensor]:
+        """These segments' own, of the bucket's. alike: whether they look like the last ones."""
+        own = list(some[self.rows] if isinstance(self.rows, slice) else map(some.__getitem__, self.rows))
+        if not alike or self.converts is None:
+            self.converts = any(g is not None and g.dtype != compute_dtype(self.bucket.dtype) for g in own)
+        return own  # type: ignore[return-value]  # segments without one are in no batch
+
     def put(self, row: list[float], values: list[float]) -> None:
         """Write values of these segments into a row of the device's table."""
         for i, value in zip(self.chosen, values, strict=True):
@@ -93,6 +101,15 @@ def batches(bucket: Bucket, first_column: int, counts: Sequence[int | None], mos
     return [Batch(bucket, *key, chosen, first_column) for key, lists in alike.items() for chosen in lists]
 
 
+def _counts(made: Sequence[Batch], n: int) -> list[int | None]:
+    """The counts of n segments, of which some are in these batches."""
+    counts: list[int | None] = [None] * n
+    for batch in made:
+        for i in batch.chosen:
+            counts[i] = batch.count
+    return counts
+
+
 class AtenBackend:
     """ATen's fused kernels over lists of the same tensors; counts, norms and LR on the host."""
 
@@ -111,22 +128,35 @@ class AtenBackend:
         self.device = buckets[0].device
         self._rule, self.buckets = rule, buckets
         self.counts = torch.tensor([steps_applied, 0], dtype=torch.int64, device="cpu")
+        self._counts = self.counts.numpy()  # the same memory, in a tenth of the time
         self._first_columns = list(accumulate((len(bucket.segments) for bucket in buckets), initial=0))
         self._norms: dict[str, list[float]] = {}  # of each tensor, by kind, once any were taken
         self._scratch: dict[torch.dtype, tuple[Tensor, ...]] = {}
         self._measures_later = False
         self.nonfinite = torch.zeros(1, device="cpu")
         self._norm = 0.0
-        # By bucket: how counts and gradients lay at the last step, and what was made of that. Steps are mostly alike.
+        # By bucket: what batches were made for, and they. Steps are mostly alike.
         self._batches: list[tuple[object, list[Batch]]] = [((), []) for _ in buckets]
+        self._alike = False
 
-    def begin(self, groups: Sequence[Group], gradients: Sequence[Gradients], control: Control, others: int) -> None:
-        """Take the gradients of one step: one list per bucket. others: how many other devices take part."""
+    def begin(
+        self,
+        groups: Sequence[Group],
+        gradients: Sequence[Gradients],
+        control: Control,
+        others: int,
+        *,
+        alike: bool = False,
+    ) -> None:
+        """Take the gradients of one step: one list per bucket.
+
+        others: how many other devices take part. alike: whether the gradients look like the last step's.
+        """
         if capturing(self.device):
             raise RuntimeError(
                 "backend='aten' cannot be captured: its LR and counts are on the host; use backend='triton'"
             )
-        self._gradients: Sequence[Gradients] = gradients
+        self._gradients, self._alike = gradients, alike
         if not self._norms and (control.global_norm or self._rule.adapts):
             self._norms = {kind: [0.0] * self._first_columns[-1] for kind in ("gradient", "weight", "ratio")}
 
@@ -169,10 +199,10 @@ class AtenBackend:
         if apply:
             self._update_all(groups, control)
         self._gradients = ()  # zero_grad is to free them
-        self.counts[0 if apply else 1] += advance
+        self._counts[0 if apply else 1] += advance
 
     def _update_all(self, groups: Sequence[Group], control: Control) -> None:
-        t, inverse = int(self.counts[0]), control.inverse_scale
+        t, inverse = int(self._counts[0]), control.inverse_scale
         if self._rule.adapts:
             self._norms["weight"] = [0.0] * self._first_columns[-1]
         lrs = [group_lr(group, t) for group in groups]
@@ -184,21 +214,25 @@ class AtenBackend:
         whole = not (sums or control.clips or control.grad_scale is not None)
         for index, (bucket, some) in enumerate(zip(self.buckets, self._gradients, strict=True)):
             most = math.inf if whole and bucket.dtype == compute_dtype(bucket.dtype) else _BATCH
-            counts = bucket.exact_steps()
-            base = next((count for g, count in zip(some, counts, strict=True) if g is not None), 0)
-            ages = [None if g is None else count - base for g, count in zip(some, counts, strict=True)]
-            if self._batches[index][0] != (most, ages, bucket.addresses):
-                made = batches(bucket, self._first_columns[index], ages, most)
-                self._batches[index] = (most, ages, bucket.addresses), made
-                if self._rule.two_stage:
-                    self._give_scratch(bucket, made)
-            for batch in self._batches[index][1]:
+            for batch in self._batches_of(index, bucket, some, most):
                 i = batch.group
-                self._update(batch, some, lrs[i], groups[i], batch.count + base, inverse, clips[i])
+                self._update(batch, some, lrs[i], groups[i], inverse, clips[i])
 
-    def _update(
-        self, batch: Batch, some: Gradients, lr: float, group: Group, count: int, inverse: float, clip: float
-    ) -> None:
+    def _batches_of(self, index: int, bucket: Bucket, some: Gradients, most: float) -> list[Batch]:
+        """The last step's, if they fit this one."""
+        made_for, made = self._batches[index]
+        key = most, bucket.addresses
+        if self._alike and made_for == key and bucket.steps_are_ours():
+            return made
+        counts = [None if g is None else count for g, count in zip(some, bucket.exact_steps(), strict=True)]
+        if made_for != key or counts != _counts(made, len(counts)):
+            made = batches(bucket, self._first_columns[index], counts, most)
+            self._batches[index] = key, made
+            if self._rule.two_stage:
+                self._give_scratch(bucket, made)
+        return made
+
+    def _update(self, batch: Batch, some: Gradients, lr: float, group: Group, inverse: float, clip: float) -> None:
         bucket, compute = batch.bucket, compute_dtype(batch.bucket.dtype)
         used = self._rule.used_states(group)
         whole = self._rule.two_stage and batch.adjacent
@@ -206,8 +240,8 @@ class AtenBackend:
         weights = batch.params
         if bucket.dtype != compute:
             weights = [self._synced_master(bucket, i) for i in batch.chosen]
-        gradients = [g for g in map(some.__getitem__, batch.chosen) if g is not None]
-        if not self._rule.two_stage:
+        gradients = batch.gradients(some, alike=self._alike)
+        if batch.converts and not self._rule.two_stage:
             gradients = [g if g.dtype == compute else g.to(compute) for g in gradients]
         tensors = Tensors(weights, gradients, states, batch.joined, whole=whole)
         if batch.scratch:
@@ -216,15 +250,14 @@ class AtenBackend:
             tensors.gathered.clear_padding()
         if self._rule.adapts:
             self._take_norms(batch, tensors, inverse, clip)
-        self._rule.aten(tensors, lr, count, inverse * clip, group)
+        self._rule.aten(tensors, lr, batch.count, inverse * clip, group)
         if self._rule.adapts:
             batch.put(self._norms["ratio"], tensors.ratios)
         if bucket.dtype != compute:
             torch._foreach_copy_(batch.params, weights)
         if used:
-            bucket.steps[batch.rows] = count + 1
-            if bucket.shown_steps is not None:
-                bucket.shown_steps[batch.rows] = count + 1
+            batch.count += 1
+            bucket.count(batch.rows, batch.count)
 
     def _take_norms(self, batch: Batch, tensors: Tensors, inverse: float, clip: float) -> None:
         """Give the tensors their norms, of the gradients unless they are known."""

@@ -143,6 +143,16 @@ class Bucket:
         if self.shown_steps is not None:
             self.shown_steps.copy_(self.steps)
 
+    def count(self, rows: slice | list[int], steps: int) -> None:
+        """Write the counted updates of some segments."""
+        for column in (self.steps, self.shown_steps):
+            if column is not None:
+                column.numpy()[rows] = steps  # a tensor's own assignment takes ten times as long
+
+    def steps_are_ours(self) -> bool:
+        """Whether the user has written no number to a "step"."""
+        return self.shown_steps is None or torch.equal(self.steps.float(), self.shown_steps)
+
     def exact_steps(self) -> list[int]:
         """Each segment's counted updates; where the user wrote another number to its "step", that. Reads the device."""
         if self.shown_steps is None:

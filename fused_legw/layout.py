@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Mapping
+from collections.abc import Mapping, ValuesView
 from itertools import chain
 from typing import Any
 
@@ -14,6 +14,7 @@ from . import checks, flat
 from .aten_backend import AtenBackend
 from .backends import BACKENDS, explain_backend
 from .control import Control
+from .look import Look
 from .rule import Group, Rule
 from .table import capturing
 from .triton_backend import TritonBackend
@@ -74,8 +75,11 @@ class Layout:
     ) -> None:
         """rule, groups, state: the optimizer's. previous: the layout this one replaces."""
         self._rule, self._groups, self._state = rule, groups, state
-        self._held = list[object]()  # what `state` held when it was last looked at
+        # What `state` held when it was last looked at: dicts, live views of their values, and these values.
+        self._held: tuple[list[object], list[ValuesView[object]], list[object]] = ([], [], [])
         self._used = list[tuple[str, ...]]()  # the state that each group used in the last step
+        self._looks = list[Look]()  # of the last step's gradients, by bucket, if all were used as they came
+        self._moving = list[Tensor]()  # the parameters that the last step moved
         self._built_for = [(group["schedule"], list(group["params"])) for group in groups]
         self.buckets: list[flat.Bucket] = []
         self.devices: list[TritonBackend | AtenBackend] = []
@@ -174,12 +178,15 @@ class Layout:
 
     def _state_changed(self, state: State) -> bool:
         """Whether someone else changed the optimizer's state; entry by entry only where it holds other objects."""
-        held = [*state, *chain.from_iterable(map(dict.values, state.values()))]
-        if len(held) == len(self._held) and all(map(operator.is_, held, self._held)):
-            return False
+        dicts, views, values = self._held
+        if len(state) == len(dicts) and all(map(operator.is_, state.values(), dicts)):
+            now = list(chain.from_iterable(views))
+            if len(now) == len(values) and all(map(operator.is_, now, values)):
+                return False
         if any(_entries_changed(s, state, self._rule.states) for bucket in self.buckets for s in bucket.segments):
             return True
-        self._held = held
+        views = list(map(dict.values, state.values()))
+        self._held = list(state.values()), views, list(chain.from_iterable(views))
         return False
 
     def see_versions(self) -> None:
@@ -201,10 +208,17 @@ class Layout:
         """What `grad` each parameter has, by bucket."""
         return [[p.grad for p in bucket.params] for bucket in self.buckets]
 
-    def gradients(self, raw: list[list[Tensor | None]], frozen: set[int], *, usual: bool) -> list[list[Tensor | None]]:
+    def alike(self, raw: list[list[Tensor | None]]) -> bool:
+        """Whether gradients look like the last step's, all of which were used as they came."""
+        return bool(self._looks) and all(map(Look.fits, self._looks, raw))
+
+    def gradients(
+        self, raw: list[list[Tensor | None]], frozen: set[int], *, usual: bool, alike: bool
+    ) -> list[list[Tensor | None]]:
         """The gradient of each segment that is to move, in its parameter's layout, by bucket; its state is shown.
 
-        usual: whether `raw` are all in that layout. frozen: groups whose state is made, but which do not move.
+        usual: whether `raw` are all in that layout. alike: whether they look like the last step's. frozen: groups whose
+        state is made, but which do not move.
         """
         step = (flat.STEP,) if self._rule.counts else ()
         used = [(*self._rule.used_states(group), *step) for group in self._groups]
@@ -216,11 +230,19 @@ class Layout:
             for i in [i for i in bucket.waiting if gradients[i] is not None]:
                 self._show(bucket, bucket.segments[i], used[bucket.segments[i].group])
                 bucket.waiting.remove(i)
-        if usual and not frozen:
+        if alike:
             return raw
-        return [self._moving(bucket, gradients, frozen) for bucket, gradients in zip(self.buckets, raw, strict=True)]
+        found = raw
+        if not usual or frozen:
+            found = [
+                self._of_moving(bucket, gradients, frozen) for bucket, gradients in zip(self.buckets, raw, strict=True)
+            ]
+        every = zip(chain(*(bucket.params for bucket in self.buckets)), chain(*found), strict=True)
+        self._moving = [p for p, g in every if g is not None]
+        self._looks = list(map(Look, raw)) if found is raw and self._moving else []
+        return found
 
-    def _moving(self, bucket: flat.Bucket, raw: list[Tensor | None], frozen: set[int]) -> list[Tensor | None]:
+    def _of_moving(self, bucket: flat.Bucket, raw: list[Tensor | None], frozen: set[int]) -> list[Tensor | None]:
         gradients = list[Tensor | None]()
         for segment, g in zip(bucket.segments, raw, strict=True):
             segment.asked |= g is not None and segment.group in frozen
@@ -246,11 +268,15 @@ class Layout:
         control: Control,
         *,
         advance: bool,
+        alike: bool,
     ) -> None:
-        """One step on every device. gradients: by bucket and segment. advance: whether it counts as applied."""
+        """One step on every device.
+
+        gradients: by bucket and segment. advance: whether the step counts as applied. alike: see `gradients`.
+        """
         for device in self.devices:
             own = [g for bucket, g in zip(self.buckets, gradients, strict=True) if bucket in device.buckets]
-            device.begin(groups, own, control, len(self.devices) - 1)
+            device.begin(groups, own, control, len(self.devices) - 1, alike=alike)
         if self.capturing:
             self._replayed.append(self._needs(groups))
         clipped_first = control.clips and any(map(self._rule.measures_clipped, groups))
@@ -261,6 +287,9 @@ class Layout:
             self._measure(control, updates=True, gradients=not apart, clips=apart)
         for device in self.devices:
             device.update(groups, control, clipped=apart, advance=advance)
+        # Autograd must see the change, which ATen's fused kernels do not tell: it refuses a backward pass through what
+        # was saved before.
+        torch.autograd.graph.increment_version(self._moving)
 
     def _needs(self, groups: list[Group]) -> set[object]:
         """What the groups' options need beyond values in the group table: kernels and states."""

@@ -253,13 +253,16 @@ class FusedOptimizer(torch.optim.Optimizer):
         frozen = self._check_groups()
         layout = self._current_layout()
         raw = layout.raw_gradients()
-        usual = all(bucket.usual(gradients) for bucket, gradients in zip(layout.buckets, raw, strict=True))
+        alike = not frozen and layout.alike(raw)
+        usual = alike or all(bucket.usual(gradients) for bucket, gradients in zip(layout.buckets, raw, strict=True))
         if not usual:
             for name, p, _ in named_params(self.param_groups):
                 checks.check_gradient(name, p)
             layout = self._current_layout(thorough=True)
             raw = layout.raw_gradients()
-        self._update(layout, layout.gradients(raw, frozen, usual=usual), frozen)
+        gradients = layout.gradients(raw, frozen, usual=usual, alike=alike)
+        if alike or any(g is not None for some in gradients for g in some):
+            self._update(layout, gradients, frozen, alike=alike)
         return loss
 
     def _current_layout(self, *, thorough: bool = False) -> Layout:
@@ -270,21 +273,11 @@ class FusedOptimizer(torch.optim.Optimizer):
             self._adopt()
         return self._layout
 
-    def _update(self, layout: Layout, gradients: list[list[Tensor | None]], frozen: set[int]) -> None:
-        moved = [
-            p
-            for bucket, some in zip(layout.buckets, gradients, strict=True)
-            for p, g in zip(bucket.params, some, strict=True)
-            if g is not None
-        ]
-        if not moved:
-            return
+    def _update(self, layout: Layout, gradients: list[list[Tensor | None]], frozen: set[int], *, alike: bool) -> None:
         scheduled = {i for i, group in enumerate(self.param_groups) if group["schedule"] is not None}
         advance = not scheduled or not scheduled <= frozen
         layout.see_versions()
-        layout.step(self.param_groups, gradients, self._control(), advance=advance)
-        # Autograd must see the change: it refuses a backward pass through what was saved before.
-        torch.autograd.graph.increment_version(moved)
+        layout.step(self.param_groups, gradients, self._control(), advance=advance, alike=alike)
         layout.note_versions()
         if advance and not layout.capturing:
             self._host_steps = self.steps_applied if layout.counts_on_host else self._host_steps + 1

@@ -39,10 +39,14 @@ class _Norms(NamedTuple):
             self.partials[tables.WEIGHT_NORM.value :].fill_(tables.UNKNOWN.value)
 
 
-def _addresses(bucket: Bucket, gradients: Gradients, dtype: torch.dtype) -> list[int]:
-    """The address table, for the gradients of one dtype."""
-    # An empty tensor has address 0 and is counted all the same; no tile of it is ever read.
-    own = [0 if g is None else (g.data_ptr() or 16) if g.dtype == dtype else -1 for g in gradients]
+def _addresses(bucket: Bucket, gradients: Gradients, dtype: torch.dtype, *, all_there: bool) -> list[int]:
+    """The address table, for the gradients of one dtype. all_there: whether every one is there and of that dtype."""
+    if all_there:
+        own = list(map(Tensor.data_ptr, gradients))  # type: ignore[arg-type]
+    else:
+        own = [0 if g is None else g.data_ptr() if g.dtype == dtype else -1 for g in gradients]
+    if 0 in own:  # an empty tensor's address, which is counted all the same: no tile of it is ever read
+        own = [16 if a == 0 and g is not None else a for a, g in zip(own, gradients, strict=True)]
     return bucket.addresses + own
 
 
@@ -84,19 +88,31 @@ class TritonBackend:
         self._n_totals = self._others = 0
         self.nonfinite = torch.zeros(1, dtype=torch.float32, device=device)
         self._works: list[Work] = []
+        self._dtypes: list[list[torch.dtype]] = []  # of the last gradients, by bucket
+        self._all_there: list[bool] = []  # and whether there was one for each segment
 
-    def begin(self, groups: Sequence[Group], gradients: Sequence[Gradients], control: Control, others: int) -> None:
-        """Write the tables of one step. gradients: one list per bucket. others: how many other devices take part."""
+    def begin(
+        self,
+        groups: Sequence[Group],
+        gradients: Sequence[Gradients],
+        control: Control,
+        others: int,
+        *,
+        alike: bool = False,
+    ) -> None:
+        """Write the tables of one step. gradients: one list per bucket.
+
+        others: how many other devices take part. alike: whether the gradients look like the last step's.
+        """
         if self._tables is None and capturing(self.device):  # pinned memory cannot be made in a capture
             raise RuntimeError("optimizer.step() must run eagerly once before it is captured into a graph")
         if control.global_norm or self._rule.adapts:
             self._make_norms(others)
         tables = self.write_groups(groups)
-        pairs = [
-            (i, dtype)
-            for i, some in enumerate(gradients)
-            for dtype in sorted({g.dtype for g in some if g is not None}, key=str)
-        ]
+        if not alike:
+            self._dtypes = [sorted({g.dtype for g in some if g is not None}, key=str) for some in gradients]
+            self._all_there = [all(g is not None for g in some) for some in gradients]
+        pairs = [(i, dtype) for i, dtypes in enumerate(self._dtypes) for dtype in dtypes]
         for i in set(range(len(self._norms))) - {i for i, _ in pairs}:  # or their last norms would be shown again
             self._norms[i].clear()
         self._n_totals, self._works = self._others, []
@@ -113,6 +129,7 @@ class TritonBackend:
 
         bucket, norms = self.buckets[index], self._norms[index] if self._norms else None
         table, ticket = self._address_table(index, dtype)
+        simple = self._all_there[index] and self._dtypes[index] == [dtype]
         states = [bucket.state.get(name) for name in self._rule.states] + [None, None]
         work = launch.Work(
             rule=self._rule.name,
@@ -120,7 +137,7 @@ class TritonBackend:
             grad_dtype=dtype,
             tile=bucket.tile,
             segments=self._segments[index],
-            addresses=table.write(_addresses(bucket, gradients, dtype)),
+            addresses=table.write(_addresses(bucket, gradients, dtype, all_there=simple)),
             chunks=bucket.chunks,
             groups=tables[0],
             milestones=tables[1],

@@ -30,6 +30,24 @@ def _calls(step) -> int:
     return calls
 
 
+def _instructions(step) -> int:
+    """Python's bytecode instructions executed while a step is made."""
+    executed = 0
+
+    def count(frame, event, arg):
+        nonlocal executed
+        frame.f_trace_opcodes = True
+        executed += event == "opcode"
+        return count
+
+    sys.settrace(count)
+    try:
+        step()
+    finally:
+        sys.settrace(None)
+    return executed
+
+
 def _made(cls, device, backend, n, options):
     params = make_params(torch.float32, device, [(3,)] * n)
     optimizer = cls(params, lr=legw(), backend=backend, tile=16, **options)
@@ -60,6 +78,22 @@ def test_no_python_call_for_each_tensor(device, backend, monkeypatch, cls, optio
     each = 12 if backend == "aten" and cls in (LARS, LAMB, AdamP) else 0
     assert many - few <= each * (MANY - FEW)
     assert few < 200 + each * FEW
+
+
+@pytest.mark.parametrize("cls", [SGD, AdamW])
+def test_little_python_for_each_tensor(device, backend, monkeypatch, cls):
+    """Reading its gradient in a list's comprehension; all else is done by calls of C that take all tensors."""
+    if backend == "triton":
+        from legw_kernels import launch
+
+        monkeypatch.setattr(launch, "launch", lambda *args, **constants: None)
+    counted = []
+    for n in (FEW, MANY):
+        params, optimizer = _made(cls, device, backend, n, dict())
+        _give(params)
+        counted.append(_instructions(optimizer.step))
+    few, many = counted
+    assert many - few <= 6 * (MANY - FEW)
 
 
 @pytest.mark.parametrize("cls", [SGD, AdamW])

@@ -1,0 +1,61 @@
+"""What gradients look like, beside their values and addresses, and whether they still do.
+
+Every step has new gradients, which mostly look like the last ones. What a step works out from their looks can be kept
+for as long as that is so, if finding out costs less than working it out.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Sequence
+from contextlib import suppress
+from itertools import compress, repeat
+from typing import Any
+
+from torch import Tensor
+
+_DTYPE_OF, _DEVICE_OF = operator.attrgetter("dtype"), operator.attrgetter("device")
+
+
+class _Compared:
+    """Stands in for torch's `TensorGuards`, in Python's time."""
+
+    def __init__(self, *tensors: Tensor, **_: Any) -> None:
+        self._seen = self._see(tensors)
+
+    @staticmethod
+    def _see(tensors: Sequence[Tensor]) -> list[list[Any]]:
+        return [list(map(of, tensors)) for of in (type, Tensor.size, Tensor.stride, _DTYPE_OF, _DEVICE_OF)]
+
+    def check(self, *tensors: Tensor) -> bool:
+        try:
+            return self._see(tensors) == self._seen
+        except (RuntimeError, TypeError):  # something without strides
+            return False
+
+
+_Guards: Any = _Compared
+with suppress(ImportError):  # one call of C for all of them; torch.compile's, and private
+    from torch._C._dynamo.guards import TensorGuards as _Guards  # type: ignore[no-redef]
+
+
+class Look:
+    """Which of a list of gradients there are, and the types, dtypes, devices, shapes and strides of those."""
+
+    def __init__(self, gradients: Sequence[Tensor | None]) -> None:
+        """At least one of the gradients is a tensor; none is kept."""
+        self._there = self._which(gradients)
+        self._all = all(self._there)
+        present = compress(gradients, self._there)
+        self._guards = _Guards(*present, dynamic_dims_sizes=None, dynamic_dims_strides=None)
+
+    @staticmethod
+    def _which(gradients: Sequence[Tensor | None]) -> list[bool]:
+        return list(map(operator.is_not, gradients, repeat(None)))
+
+    def fits(self, gradients: Sequence[Tensor | None]) -> bool:
+        """Whether these, as many as there were, look the same."""
+        if self._all:
+            return bool(self._guards.check(*gradients))
+        there = self._which(gradients)
+        return there == self._there and bool(self._guards.check(*compress(gradients, there)))
