@@ -293,7 +293,7 @@ def test_report_writes_a_page_and_plots(tmp_path, capsys):
         (tmp_path / f"{name}.jsonl").write_text("\n".join(map(json.dumps, ROWS)) + "\n")
     report.main(["--results", str(tmp_path), "--output", str(tmp_path / "page.md")])
     page = (tmp_path / "page.md").read_text()
-    assert "a machine (50 runs, torch 2, commit abc)" in page
+    assert f"a machine ({len(APPLICATIONS) * len(ROWS)} runs, torch 2, commit abc)" in page
     assert "Whole runs of the 4 LSTM applications are 4.00× faster on average" in page
     for name in [*APPLICATIONS, "overview"]:
         assert (tmp_path / f"{name}.png").stat().st_size > 10_000
