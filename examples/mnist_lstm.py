@@ -7,7 +7,8 @@ from torch.nn import functional as F
 
 from fused_legw import LEGW, SGD, digits
 
-from .trainer import Application, main
+from .application import Application
+from .sweep import main
 
 
 class Classifier(nn.Module):

@@ -3,7 +3,7 @@
 from fused_legw import LEGW, SGD, Polynomial
 
 from .language_model import LanguageModel
-from .trainer import main
+from .sweep import main
 
 
 class PTBLarge(LanguageModel):

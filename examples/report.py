@@ -8,9 +8,10 @@ from statistics import fmean, geometric_mean, stdev
 
 from fused_legw.demo_results import table as markdown
 
+from .plots import overview, plot
+from .record import TITLES, Record
+
 HERE = Path(__file__).parent
-TITLES = {"legw": "LEGW", "linear": "linear scaling, LEGW's warm-up", "sqrt": "sqrt scaling, no warm-up"}
-COLORS = {"legw": "tab:blue", "linear": "tab:red", "sqrt": "tab:green"}
 PAPER_SPEEDUP = 5.3  # You et al. 2019: average over the four LSTM applications
 LSTMS = "mnist_lstm", "ptb_small", "ptb_large", "gnmt"
 
@@ -26,81 +27,6 @@ def applications():
         gnmt.GNMT(),
         resnet.ResNet(),
     ]
-
-
-def reaches(app, quality, target):
-    return quality is not None and (quality >= target if app.higher else quality <= target)
-
-
-class Group:
-    """The runs of one arm at one batch, a row per seed."""
-
-    def __init__(self, rows):
-        self.rows = sorted(rows, key=lambda row: row["seed"])
-        self.arm, self.batch, self.updates = rows[0]["arm"], rows[0]["batch_size"], rows[0]["updates"]
-        self.schedule = rows[0]["schedule"]
-        self.scale = self.batch / self.schedule["base_batch_size"]
-        # A run that diverged has no quality; a perplexity without bounds says nothing more than that it is one.
-        self.qualities = [row["quality"] for row in self.rows if row["quality"] is not None and not row["diverged"]]
-        self.diverged = len(self.rows) - len(self.qualities)
-        self.seconds = [row["cpu_seconds"][-1] for row in self.rows]
-
-    @property
-    def mean(self):
-        return fmean(self.qualities)
-
-    def holds(self, app, target):
-        """Whether no run diverged and the mean is within the tolerance."""
-        return not self.diverged and reaches(app, self.mean, target)
-
-    def to_target(self, app, target):
-        """Seconds of training of each run that reached the target, up to the first epoch that did."""
-        firsts = [
-            next(
-                (s for q, s in zip(row["qualities"], row["cpu_seconds"], strict=True) if reaches(app, q, target)), None
-            )
-            for row in self.rows
-        ]
-        return [seconds for seconds in firsts if seconds is not None]
-
-
-class Record:
-    """All runs of one application; target: what the baseline reaches on average, less the tolerance."""
-
-    def __init__(self, app, rows):
-        self.app, self.rows = app, rows
-        grouped = {}
-        for row in rows:
-            grouped.setdefault((row["arm"], row["batch_size"]), []).append(row)
-        self.groups = [Group(rows) for rows in grouped.values()]
-        self.groups.sort(key=lambda g: (g.batch, ["baseline", *TITLES].index(g.arm)))
-        self.baseline = next((group for group in self.groups if group.arm == "baseline"), None)
-        self.target = None
-        if self.baseline and self.baseline.qualities:
-            mean = self.baseline.mean
-            self.target = mean - app.tolerance if app.higher else mean * (1 + app.tolerance)
-
-    def arm(self, name):
-        """The arm's groups by batch, from the baseline on."""
-        return [group for group in self.groups if group.arm in ("baseline", name)]
-
-    def limit(self, name):
-        """The largest batch up to which every batch of the arm holds."""
-        held = self.baseline
-        for group in self.arm(name):
-            if not group.holds(self.app, self.target):
-                break
-            held = group
-        return held
-
-    def faster(self, group):
-        return fmean(self.baseline.seconds) / fmean(group.seconds)
-
-    def sooner(self, group):
-        """How much sooner than the baseline the target is reached; None unless every run of both reaches it."""
-        ours, base = (g.to_target(self.app, self.target) for g in (group, self.baseline))
-        complete = len(ours) == len(group.rows) and len(base) == len(self.baseline.rows)
-        return fmean(base) / fmean(ours) if complete else None
 
 
 def _spread(values, digits=2):
@@ -156,89 +82,6 @@ def tuning_table(rows):
         found = ["diverged" if row["diverged"] or row["quality"] is None else f"{row['quality']:.2f}" for row in runs]
         lines.append((f"{lr:g}", f"{warmup:g}", ", ".join(found)))
     return markdown(("peak LR", "warm-up epochs", "validation, by seed"), lines)
-
-
-# Plots
-
-
-def plot(app, rows, file):
-    """Left: quality against batch, each arm, from the worst seed to the best. Right: LEGW's time against batch."""
-    from matplotlib.figure import Figure
-    from matplotlib.ticker import MaxNLocator
-
-    record = Record(app, rows)
-    if record.target is None or len(record.groups) < 2:
-        return
-    figure = Figure(figsize=(11, 4.2), layout="constrained")
-    left, right = figure.subplots(1, 2)
-    for arm, title in TITLES.items():
-        _draw_quality(left, record, arm, title)
-    target = _error(app, record.target)
-    left.axhline(target, color="black", ls=":", lw=1, label="the baseline's mean, less the tolerance")
-    left.set(title=app.title, ylabel=f"test {f'100 − {app.metric}, %' if app.higher else app.metric}: less is better")
-    # Some arms collapse, others differ by a point or less: linear up to there, or they would look alike.
-    if app.higher:
-        left.set_yscale("symlog", linthresh=1.0)
-        left.set_yticks([0, 0.5, 1, 2, 5, 10, 20, 50, 100])
-        left.set_ylim(bottom=0)
-    else:
-        left.set_yscale("log")
-        left.yaxis.set_major_locator(MaxNLocator(6))
-    left.yaxis.set_major_formatter("{x:g}")
-    groups = record.arm("legw")
-    batches = [group.batch for group in groups]
-    right.plot(batches, [fmean(group.seconds) for group in groups], "o-", color="tab:blue", label="the whole run")
-    reached = [(g.batch, g.to_target(app, record.target)) for g in groups]
-    reached = [(batch, fmean(found)) for batch, found in reached if found]
-    right.plot(*zip(*reached, strict=True), "s--", color="tab:orange", label="to the target (runs that reach it)")
-    right.set(title="LEGW", ylabel="training, seconds of processor time", ylim=(0, None))
-    for ax in (left, right):
-        ax.set(xlabel="batch", xscale="log")
-        ax.set_xticks(batches, [f"{batch}\n×{batch / batches[0]:g}" for batch in batches])
-        ax.minorticks_off()
-        ax.grid(alpha=0.3)
-        ax.spines[["top", "right"]].set_visible(False)
-        ax.legend(frameon=False, fontsize="small")
-    figure.savefig(file, dpi=130)
-
-
-def _error(app, quality):
-    return 100 - quality if app.higher else quality
-
-
-def _draw_quality(ax, record, arm, title):
-    groups = [group for group in record.arm(arm) if group.qualities]
-    x = [group.batch for group in groups]
-    ax.plot(x, [_error(record.app, group.mean) for group in groups], "o-", color=COLORS[arm], label=title, ms=4)
-    lowest, highest = ([_error(record.app, f(group.qualities)) for group in groups] for f in (min, max))
-    ax.fill_between(x, lowest, highest, color=COLORS[arm], alpha=0.15)
-
-
-def overview(records, file):
-    """How much LEGW loses against the updates that are left, all applications together."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(8, 4.5), layout="constrained")
-    ax = figure.subplots()
-    for record in records:
-        groups = [group for group in record.arm("legw") if group.qualities and not group.diverged]
-        ax.plot([g.updates for g in groups], [_lost(record, g) for g in groups], "o-", ms=4, label=record.app.title)
-    ax.axhline(1, color="black", ls=":", lw=1)
-    ax.set(xscale="log", yscale="symlog", xlabel="updates of the run", ylabel="quality lost, in tolerances")
-    ax.set_yticks([-2, -1, 0, 1, 2, 5, 10, 20])
-    ax.yaxis.set_major_formatter("{x:g}")
-    ax.xaxis.set_major_formatter("{x:,g}")
-    ax.invert_xaxis()
-    ax.grid(alpha=0.3)
-    ax.spines[["top", "right"]].set_visible(False)
-    ax.legend(frameon=False, fontsize="small")
-    figure.savefig(file, dpi=130)
-
-
-def _lost(record, group):
-    """Quality lost to the baseline, in units of the application's tolerance."""
-    app, base = record.app, record.baseline.mean
-    return ((base - group.mean) if app.higher else (group.mean / base - 1)) / app.tolerance
 
 
 # The page
@@ -322,7 +165,7 @@ def _application(record, tuning):
         f"![{app.metric} and time against batch](results/{app.name}.png)",
     ]
     if tuning:
-        from .trainer import choose
+        from .sweep import choose
 
         lr, warmup = choose(app, tuning)
         lines += [

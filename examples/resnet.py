@@ -8,7 +8,8 @@ from torch.nn import functional as F
 
 from fused_legw import LARS, LEGW, Polynomial, digits, param_groups
 
-from .trainer import Application, main, need
+from .application import Application, need
+from .sweep import main
 
 
 class Block(nn.Module):

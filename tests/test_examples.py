@@ -11,7 +11,8 @@ import torch
 pytest.importorskip("sklearn")
 pytest.importorskip("matplotlib")
 
-from examples import gnmt, report, trainer
+from examples import application, gnmt, report, sweep, trainer
+from examples.record import Record
 from fused_legw import Constant, Polynomial
 
 APPLICATIONS = {app.name: type(app) for app in report.applications()}
@@ -171,7 +172,7 @@ def test_noise_scale_and_autowu_run(tmp_path, capsys):
 
 def _fails(name, capsys, *arguments):
     with pytest.raises(SystemExit) as exit:
-        trainer.main(APPLICATIONS[name](), [*arguments])
+        sweep.main(APPLICATIONS[name](), [*arguments])
     assert exit.value.code == 2
     return capsys.readouterr().err.splitlines()[-1]
 
@@ -216,7 +217,7 @@ def test_wrong_data_end_in_one_line(capsys, tmp_path):
 def test_a_missing_package_is_named(monkeypatch):
     monkeypatch.setitem(sys.modules, "sacrebleu", None)
     with pytest.raises(ValueError, match=r'sacrebleu is not installed: pip install "fused-legw\[examples\]"'):
-        trainer.need("sacrebleu")
+        application.need("sacrebleu")
 
 
 def test_a_sweep_is_recorded_once(tmp_path, capsys):
@@ -224,7 +225,7 @@ def test_a_sweep_is_recorded_once(tmp_path, capsys):
     output = ["--output", str(tmp_path)]
     app = APPLICATIONS["mnist_lstm"]()
     app.recipe = replace(app.recipe, base_batch_size=64, batch_size=64)
-    trainer.main(app, [*arguments, *output])
+    sweep.main(app, [*arguments, *output])
     lines = (tmp_path / "mnist_lstm.jsonl").read_text().splitlines()
     rows = [json.loads(line) for line in lines]
     assert [(row["arm"], row["batch_size"]) for row in rows] == [
@@ -233,9 +234,9 @@ def test_a_sweep_is_recorded_once(tmp_path, capsys):
     assert [row["updates"] for row in rows] == [16, 8, 8, 8]
     assert not list((tmp_path / "checkpoints").iterdir())
     assert "128 (×2)" in capsys.readouterr().out
-    trainer.main(app, [*arguments, *output])  # nothing is left to run
+    sweep.main(app, [*arguments, *output])  # nothing is left to run
     assert (tmp_path / "mnist_lstm.jsonl").read_text().splitlines() == lines
-    trainer.main(app, [*arguments, *output, "--epochs", "2", "--batch-size", "64"])  # another run
+    sweep.main(app, [*arguments, *output, "--epochs", "2", "--batch-size", "64"])  # another run
     assert len((tmp_path / "mnist_lstm.jsonl").read_text().splitlines()) == 5
 
 
@@ -260,7 +261,7 @@ ROWS = [
 
 def test_report_figures():
     app = APPLICATIONS["mnist_lstm"]()
-    record = report.Record(app, ROWS)
+    record = Record(app, ROWS)
     assert record.target == 97.0  # the mean of 97, 98, 99 less one point
     held, lost = (next(g for g in record.groups if (g.arm, g.batch) == ("legw", batch)) for batch in (8, 16))
     assert held.holds(app, 97.0)
@@ -282,10 +283,10 @@ def test_report_figures():
 def test_report_where_less_is_better():
     app = APPLICATIONS["ptb_small"]()
     rows = [_row("baseline", 4, 0, [120.0, 100.0], [1.0, 2.0]), _row("legw", 8, 0, [120.0, 101.9], [0.5, 1.0])]
-    record = report.Record(app, rows)
+    record = Record(app, rows)
     assert record.target == pytest.approx(102)
     assert record.limit("legw").batch == 8
-    assert report._lost(record, record.groups[1]) == pytest.approx(0.95)
+    assert record.lost(record.groups[1]) == pytest.approx(0.95)
 
 
 def test_report_writes_a_page_and_plots(tmp_path, capsys):
@@ -311,4 +312,4 @@ def test_the_rule_chooses_at_the_baseline():
         for (lr, w), qualities in found.items()
         for q in qualities
     ]
-    assert trainer.choose(app, rows) == (0.1, 0.2)
+    assert sweep.choose(app, rows) == (0.1, 0.2)

@@ -16,8 +16,9 @@ ROOT = Path(__file__).resolve().parents[1]
 KERNELS = ["scalars", "rules", "norms", "tables", "tiles", "rows", "measure", "update", "launch"]
 PACKAGE = [
     {"decays", "checks"},
-    {"schedule", "variants", "table", "control", "noise_scale"},
-    {"autowu", "reference"},
+    {"schedule", "variants", "table", "control", "look", "noise_scale"},
+    {"autowu_path", "reference"},
+    {"autowu"},
     {"rule"},
     {"flat"},
     {"aten_backend", "triton_backend"},
