@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from legw_kernels.scalars import AdamPHyper, one_minus_power
+from legw_kernels.scalars import AdamHyper, one_minus_power
 
 from .adam import AdamRule
 from .checks import check_flag, check_number
@@ -43,19 +43,8 @@ class AdamPRule(AdamRule):
         return True  # the update that is projected is of clipped gradients
 
     def hyper(self, group: Group) -> Any:
-        adam = super().hyper(self._as_adams(group))
-        return AdamPHyper(
-            weight_decay=adam.weight_decay,
-            beta1=adam.beta1,
-            beta2=adam.beta2,
-            log_beta1=adam.log_beta1,
-            log_beta2=adam.log_beta2,
-            eps=adam.eps,
-            nesterov=float(group["nesterov"]),
-            sign=adam.sign,
-            delta=number(group["delta"]),
-            wd_ratio=number(group["wd_ratio"]),
-        )
+        own = dict(nesterov=float(group["nesterov"]), delta=number(group["delta"]), wd_ratio=number(group["wd_ratio"]))
+        return super().hyper(self._as_adams(group))._replace(**own)
 
     def aten(self, tensors: Tensors, lr: float, count: int, scale: float, group: Group) -> None:
         h = floats(self.hyper(group))
@@ -79,7 +68,7 @@ class AdamPRule(AdamRule):
             p.add_(u, alpha=-lr / correction1)
 
 
-def _project(p: Tensor, g: Tensor, u: Tensor, h: AdamPHyper) -> float:
+def _project(p: Tensor, g: Tensor, u: Tensor, h: AdamHyper) -> float:
     """Take the weight's direction out of the update, where the gradient is tangent to it; the factor of the decay."""
     if p.ndim < 2 or p.numel() == 0:
         return 1.0

@@ -189,7 +189,7 @@ def test_rows_match_the_columns_of_their_tables():
     from legw_kernels import launch, tables
 
     assert len(scalars.Recipe()) == tables.LR_ADDRESS.value
-    for hyper in (scalars.MomentumHyper(), scalars.AdamHyper(), scalars.AdamPHyper()):
+    for hyper in (scalars.MomentumHyper(), scalars.AdamHyper()):
         row = launch.group_row(scalars.Recipe(), None, (0, 0), 1, (1.0, False), False, hyper)
         assert len(row) == tables.GROUP_WIDTH.value
         assert tuple(row[tables.HYPER.value :][: len(hyper)]) == hyper

@@ -19,6 +19,8 @@ factors    of the compute dtype, one per row, then room for a tile
 import triton
 import triton.language as tl
 
+from . import scalars
+from .rules import columns
 from .tables import FIRST_TILE, GROUP, GROUP_WIDTH, HYPER, NORMS_BLOCK, SEGMENT_WIDTH, begin, prepare
 from .tiles import load_weight
 
@@ -32,11 +34,7 @@ SPAN = tl.constexpr(5)
 SPAN_COUNT = tl.constexpr(6)
 ROWS_WIDTH = tl.constexpr(7)
 
-# Columns of AdamP's hyper-parameters, `scalars.AdamPHyper`.
-_WEIGHT_DECAY = tl.constexpr(0)
-_EPS = tl.constexpr(5)
-_DELTA = tl.constexpr(10)
-_WD_RATIO = tl.constexpr(11)
+_WEIGHT_DECAY, _EPS, _DELTA, _WD_RATIO = columns(scalars.AdamHyper, "weight_decay", "eps", "delta", "wd_ratio")
 
 
 @triton.jit

@@ -31,6 +31,27 @@ _POPULAR = tl.constexpr(scalars.POPULAR)
 _LARGEST_RATIO = tl.constexpr(scalars.LARGEST_RATIO)
 
 
+def columns(hyper: Any, *fields: str) -> list[tl.constexpr]:
+    """The columns of hyper-parameters in a group's row, from its first on."""
+    return [tl.constexpr(hyper._fields.index(field)) for field in fields]
+
+
+# fmt: off
+(
+    _M_WEIGHT_DECAY, _M_MOMENTUM, _M_DAMPENING, _M_NESTEROV, _M_SIGN, _M_TRUST_COEFFICIENT, _M_EPS, _M_FORM,
+    _M_NORM_OF_SUM, _M_TRUST_CLIP, _M_ZERO_NORM, _M_ADAPT,
+) = columns(scalars.MomentumHyper, *scalars.MomentumHyper._fields)
+(
+    _A_WEIGHT_DECAY, _A_BETA1, _A_BETA2, _A_LOG_BETA1, _A_LOG_BETA2, _A_EPS, _A_AMSGRAD, _A_DECOUPLED, _A_SIGN,
+    _A_BIAS_CORRECTION, _A_ADAPT, _A_WEIGHT_LOW, _A_WEIGHT_HIGH, _A_RATIO_LOW, _A_RATIO_HIGH, _A_NESTEROV,
+) = columns(
+    scalars.AdamHyper,
+    "weight_decay", "beta1", "beta2", "log_beta1", "log_beta2", "eps", "amsgrad", "decoupled", "sign",
+    "bias_correction", "adapt", "weight_low", "weight_high", "ratio_low", "ratio_high", "nesterov",
+)
+# fmt: on
+
+
 class _Momentum(NamedTuple):
     scale: float
     outer: float
@@ -72,16 +93,16 @@ _AdamScalars = tl.constexpr(_Adam)
 def sgd_prepare(hyper, lr, count, scale, exempt, w_norm, x_norm, MEASURES: tl.constexpr, COMPUTE: tl.constexpr):
     one = (lr * 0 + 1).to(COMPUTE)
     return _MomentumScalars(
-        scale * tl.load(hyper + 4).to(COMPUTE),
+        scale * tl.load(hyper + _M_SIGN).to(COMPUTE),
         lr.to(COMPUTE),
         one,
         count < 0,
         count < 0,
         one,
-        tl.load(hyper).to(COMPUTE),
-        tl.load(hyper + 1).to(COMPUTE),
-        (1.0 - tl.load(hyper + 2)).to(COMPUTE),
-        tl.load(hyper + 3).to(COMPUTE),
+        tl.load(hyper + _M_WEIGHT_DECAY).to(COMPUTE),
+        tl.load(hyper + _M_MOMENTUM).to(COMPUTE),
+        (1.0 - tl.load(hyper + _M_DAMPENING)).to(COMPUTE),
+        tl.load(hyper + _M_NESTEROV).to(COMPUTE),
         count == 0,
         0 * one,
     )
@@ -93,34 +114,34 @@ def lars_prepare(hyper, lr, count, scale, exempt, w_norm, x_norm, MEASURES: tl.c
     ratio = 0 * rate + 1
     inner = ratio
     outer = rate
-    decay = tl.load(hyper).to(COMPUTE)
-    form = tl.load(hyper + 7)
-    norm_of_sum = tl.load(hyper + 8)
+    decay = tl.load(hyper + _M_WEIGHT_DECAY).to(COMPUTE)
+    form = tl.load(hyper + _M_FORM)
+    norm_of_sum = tl.load(hyper + _M_NORM_OF_SUM)
     if not MEASURES:
         zero = 0 * decay
         h = _MomentumHyper(
             decay, zero, zero, zero, zero,
-            tl.load(hyper + 5).to(COMPUTE),
-            tl.load(hyper + 6).to(COMPUTE),
+            tl.load(hyper + _M_TRUST_COEFFICIENT).to(COMPUTE),
+            tl.load(hyper + _M_EPS).to(COMPUTE),
             form,
             norm_of_sum,
-            tl.load(hyper + 9),
-            tl.load(hyper + 10),
-            tl.load(hyper + 11) * (1 - exempt),
+            tl.load(hyper + _M_TRUST_CLIP),
+            tl.load(hyper + _M_ZERO_NORM),
+            tl.load(hyper + _M_ADAPT) * (1 - exempt),
         )  # fmt: skip
         ratio, decay = _lars_ratio(rate, w_norm, x_norm, h)
         inner, outer = _lars_factors(rate, ratio, form)
     return _MomentumScalars(
-        scale * tl.load(hyper + 4).to(COMPUTE),
+        scale * tl.load(hyper + _M_SIGN).to(COMPUTE),
         outer,
         ratio,
         form == _POPULAR,
         norm_of_sum != 0,
         inner,
         decay * (1 - exempt).to(COMPUTE),
-        tl.load(hyper + 1).to(COMPUTE),
-        (1.0 - tl.load(hyper + 2)).to(COMPUTE),
-        tl.load(hyper + 3).to(COMPUTE),
+        tl.load(hyper + _M_MOMENTUM).to(COMPUTE),
+        (1.0 - tl.load(hyper + _M_DAMPENING)).to(COMPUTE),
+        tl.load(hyper + _M_NESTEROV).to(COMPUTE),
         count == 0,
         norm_of_sum.to(COMPUTE),
     )
@@ -162,18 +183,18 @@ def _adam_prepare(hyper, lr, count, scale, ratio, flag, MOMENTS: tl.constexpr, C
     n = count + 1.0
     first, root, step = _bias_factors(
         lr.to(COMPUTE),
-        _one_minus_power(tl.load(hyper + 3), n).to(COMPUTE),
-        _one_minus_power(tl.load(hyper + 4), n).to(COMPUTE),
-        tl.load(hyper + 9),
+        _one_minus_power(tl.load(hyper + _A_LOG_BETA1), n).to(COMPUTE),
+        _one_minus_power(tl.load(hyper + _A_LOG_BETA2), n).to(COMPUTE),
+        tl.load(hyper + _A_BIAS_CORRECTION),
     )
     beta1 = tl.full([], 0.0, tl.float64)
     beta2 = tl.full([], 0.0, tl.float64)
     if MOMENTS:
-        beta1 = tl.load(hyper + 1)
-        beta2 = tl.load(hyper + 2)
-        scale *= tl.load(hyper + 8).to(COMPUTE)
-    decay = tl.load(hyper).to(COMPUTE)
-    decoupled = tl.load(hyper + 7).to(COMPUTE)
+        beta1 = tl.load(hyper + _A_BETA1)
+        beta2 = tl.load(hyper + _A_BETA2)
+        scale *= tl.load(hyper + _A_SIGN).to(COMPUTE)
+    decay = tl.load(hyper + _A_WEIGHT_DECAY).to(COMPUTE)
+    decoupled = tl.load(hyper + _A_DECOUPLED).to(COMPUTE)
     return _AdamScalars(
         scale,
         step * ratio,
@@ -188,7 +209,7 @@ def _adam_prepare(hyper, lr, count, scale, ratio, flag, MOMENTS: tl.constexpr, C
         (1.0 - beta2).to(COMPUTE),
         first,
         root,
-        tl.load(hyper + 5).to(COMPUTE),
+        tl.load(hyper + _A_EPS).to(COMPUTE),
         flag,
     )
 
@@ -196,7 +217,14 @@ def _adam_prepare(hyper, lr, count, scale, ratio, flag, MOMENTS: tl.constexpr, C
 @triton.jit
 def adam_prepare(hyper, lr, count, scale, exempt, w_norm, x_norm, MEASURES: tl.constexpr, COMPUTE: tl.constexpr):
     return _adam_prepare(
-        hyper, lr, count, scale, (lr * 0 + 1).to(COMPUTE), tl.load(hyper + 6).to(COMPUTE), True, COMPUTE
+        hyper, lr, count, scale, (lr * 0 + 1).to(COMPUTE), tl.load(hyper + _A_AMSGRAD).to(COMPUTE), True, COMPUTE
+    )
+
+
+@triton.jit
+def adamp_prepare(hyper, lr, count, scale, exempt, w_norm, x_norm, MEASURES: tl.constexpr, COMPUTE: tl.constexpr):
+    return _adam_prepare(
+        hyper, lr, count, scale, (lr * 0 + 1).to(COMPUTE), tl.load(hyper + _A_NESTEROV).to(COMPUTE), True, COMPUTE
     )
 
 
@@ -205,19 +233,19 @@ def lamb_prepare(hyper, lr, count, scale, exempt, w_norm, x_norm, MEASURES: tl.c
     zero = 0 * w_norm
     ratio = zero + 1
     if not MEASURES:
-        adapt = tl.load(hyper + 10)
+        adapt = tl.load(hyper + _A_ADAPT)
         weight_low = zero
         weight_high = zero + _LARGEST_RATIO
         ratio_low = zero
         ratio_high = weight_high
         if adapt > 1:
-            weight_low = tl.load(hyper + 11).to(COMPUTE)
-            weight_high = tl.load(hyper + 12).to(COMPUTE)
-            ratio_low = tl.load(hyper + 13).to(COMPUTE)
-            ratio_high = tl.load(hyper + 14).to(COMPUTE)
+            weight_low = tl.load(hyper + _A_WEIGHT_LOW).to(COMPUTE)
+            weight_high = tl.load(hyper + _A_WEIGHT_HIGH).to(COMPUTE)
+            ratio_low = tl.load(hyper + _A_RATIO_LOW).to(COMPUTE)
+            ratio_high = tl.load(hyper + _A_RATIO_HIGH).to(COMPUTE)
         h = _AdamHyper(
             zero, zero, zero, zero, zero, zero, zero, zero, zero, zero,
-            adapt, weight_low, weight_high, ratio_low, ratio_high,
+            adapt, weight_low, weight_high, ratio_low, ratio_high, zero, zero, zero,
         )  # fmt: skip
         ratio = _lamb_ratio(w_norm, x_norm, h)
     return _adam_prepare(hyper, lr, count, scale, ratio, zero, MEASURES, COMPUTE)
@@ -268,6 +296,6 @@ RULES = {
     "sgd": DeviceRule(sgd_prepare, momentum_advance, momentum_direction),
     "lars": DeviceRule(lars_prepare, momentum_advance, momentum_direction, lars_measure),
     "adam": DeviceRule(adam_prepare, adam_advance, adam_direction),
-    "adamp": DeviceRule(adam_prepare, adam_advance, adamp_direction, projects=True),
+    "adamp": DeviceRule(adamp_prepare, adam_advance, adamp_direction, projects=True),
     "lamb": DeviceRule(lamb_prepare, adam_advance, adam_direction, adam_direction, two_stage=True),
 }

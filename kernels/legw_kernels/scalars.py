@@ -146,7 +146,7 @@ class MomentumHyper(NamedTuple):
 
 
 class AdamHyper(NamedTuple):
-    """One param group's hyper-parameters of Adam, AdamW and LAMB; flags are 0 or 1."""
+    """One param group's hyper-parameters of Adam, AdamW, LAMB and AdamP; flags are 0 or 1."""
 
     weight_decay: float = 0.0
     beta1: float = 0.9
@@ -158,28 +158,14 @@ class AdamHyper(NamedTuple):
     decoupled: float = 0.0
     sign: float = 1.0  # -1 to maximize
     bias_correction: float = 1.0  # 0: none. 2: of the step size, DeepSpeed's
-    adapt: float = 0.0  # 2: with what follows
+    adapt: float = 0.0  # 2: with the four that follow
     weight_low: float = 0.0  # what the weight's norm is clamped to
     weight_high: float = LARGEST_RATIO
     ratio_low: float = 0.0  # what the ratio is clamped to
     ratio_high: float = LARGEST_RATIO
-
-
-class AdamPHyper(NamedTuple):
-    """One param group's hyper-parameters of AdamP: in the first ten columns what stands there in `AdamHyper`."""
-
-    weight_decay: float = 0.0
-    beta1: float = 0.9
-    beta2: float = 0.999
-    log_beta1: float = 0.0
-    log_beta2: float = 0.0
-    eps: float = 1e-8
-    nesterov: float = 0.0  # in the place of amsgrad
-    decoupled: float = 1.0
-    sign: float = 1.0  # -1 to maximize
-    bias_correction: float = 1.0
-    delta: float = 0.1
-    wd_ratio: float = 0.1
+    nesterov: float = 0.0
+    delta: float = 0.0  # what the cosine of gradient and weight is compared with
+    wd_ratio: float = 1.0  # of a projected tensor
 
 
 def one_minus_power(log_beta, n):

@@ -39,7 +39,7 @@ CLIP = tl.constexpr(14)  # the global norm to clip at; infinite: none
 CLIP_DIVIDES = tl.constexpr(15)  # 1 for LAMB's clipping formula
 EXEMPT_VECTORS = tl.constexpr(16)  # 1: tensors of one dimension or none are neither adapted nor decayed
 HYPER = tl.constexpr(17)  # the fields of the rule's hyper-parameters in their order
-GROUP_WIDTH = tl.constexpr(32)
+GROUP_WIDTH = tl.constexpr(36)
 
 # Rows of `partials`.
 GRADIENT_NORM = tl.constexpr(0)
