@@ -6,6 +6,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import accumulate
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -25,7 +26,7 @@ class Batch:
     """Segments of one bucket, group and count that ATen updates together, and the lists of their tensors.
 
     count: their earlier updates. rows: their places in the bucket's tables. first_column: the bucket's first place in
-    those of the device. converts: whether any gradient is of another dtype than the arithmetic, once known.
+    those of the device. converts: whether any gradient is of another dtype than the arithmetic.
     """
 
     bucket: Bucket
@@ -33,7 +34,8 @@ class Batch:
     count: int
     chosen: list[int]
     first_column: int
-    converts: bool | None = None
+    converts: bool = False
+    _looks: object = None
     _states: dict[tuple[str, bool], list[Tensor]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -70,12 +72,12 @@ class Batch:
             self._states[name, whole] = every
         return self._states[name, whole]
 
-    def gradients(self, some: Gradients, *, alike: bool) -> list[Tensor]:
-        """These segments' own, of the bucket's. alike: whether they look like the last ones."""
-        own = list(some[self.rows] if isinstance(self.rows, slice) else map(some.__getitem__, self.rows))
-        if not alike or self.converts is None:
-            self.converts = any(g is not None and g.dtype != compute_dtype(self.bucket.dtype) for g in own)
-        return own  # type: ignore[return-value]  # segments without one are in no batch
+    def gradients(self, some: Gradients, looks: object) -> list[Tensor]:
+        """These segments' own, of the bucket's. looks: see `Layout`."""
+        own: list[Any] = list(some[self.rows] if isinstance(self.rows, slice) else map(some.__getitem__, self.rows))
+        if looks is not self._looks:
+            self.converts, self._looks = any(g.dtype != compute_dtype(self.bucket.dtype) for g in own), looks
+        return own
 
     def put(self, row: list[float], values: list[float]) -> None:
         """Write values of these segments into a row of the device's table."""
@@ -88,17 +90,17 @@ def batches(bucket: Bucket, first_column: int, counts: Sequence[int | None], mos
 
     most: elements in a batch, but for larger tensors, which get one each.
     """
-    alike: dict[tuple[int, int], list[list[int]]] = {}
+    lists: dict[tuple[int, int], list[list[int]]] = {}
     room: dict[tuple[int, int], float] = {}
     for i, (segment, count) in enumerate(zip(bucket.segments, counts, strict=True)):
         if count is not None:
             key, size = (segment.group, count), bucket.padded(segment)
             if room.get(key, -1) < size:
-                alike.setdefault(key, []).append([])
+                lists.setdefault(key, []).append([])
                 room[key] = max(most, size)
-            alike[key][-1].append(i)
+            lists[key][-1].append(i)
             room[key] -= size
-    return [Batch(bucket, *key, chosen, first_column) for key, lists in alike.items() for chosen in lists]
+    return [Batch(bucket, *key, chosen, first_column) for key, of_key in lists.items() for chosen in of_key]
 
 
 def _counts(made: Sequence[Batch], n: int) -> list[int | None]:
@@ -135,9 +137,9 @@ class AtenBackend:
         self._measures_later = False
         self.nonfinite = torch.zeros(1, device="cpu")
         self._norm = 0.0
-        # By bucket: what batches were made for, and they. Steps are mostly alike.
-        self._batches: list[tuple[object, list[Batch]]] = [((), []) for _ in buckets]
-        self._alike = False
+        # By bucket: batches, what they were made for, and the looks of gradients that they are known to fit.
+        self._batches: list[tuple[list[Batch], object, object]] = [([], (), None) for _ in buckets]
+        self._looks: object = None
 
     def begin(
         self,
@@ -145,18 +147,17 @@ class AtenBackend:
         gradients: Sequence[Gradients],
         control: Control,
         others: int,
-        *,
-        alike: bool = False,
+        looks: object,
     ) -> None:
         """Take the gradients of one step: one list per bucket.
 
-        others: how many other devices take part. alike: whether the gradients look like the last step's.
+        others: how many other devices take part. looks: stands for what the gradients look like; see `Layout`.
         """
         if capturing(self.device):
             raise RuntimeError(
                 "backend='aten' cannot be captured: its LR and counts are on the host; use backend='triton'"
             )
-        self._gradients, self._alike = gradients, alike
+        self._gradients, self._looks = gradients, looks
         if not self._norms and (control.global_norm or self._rule.adapts):
             self._norms = {kind: [0.0] * self._first_columns[-1] for kind in ("gradient", "weight", "ratio")}
 
@@ -196,9 +197,11 @@ class AtenBackend:
         if control.global_norm:
             self.nonfinite.fill_(float(not math.isfinite(self._norm)))
             apply = apply and not (control.skips and self.nonfinite)
-        if apply:
-            self._update_all(groups, control)
-        self._gradients = ()  # zero_grad is to free them
+        try:
+            if apply:
+                self._update_all(groups, control)
+        finally:
+            self._gradients = ()  # zero_grad is to free them
         self._counts[0 if apply else 1] += advance
 
     def _update_all(self, groups: Sequence[Group], control: Control) -> None:
@@ -219,17 +222,17 @@ class AtenBackend:
                 self._update(batch, some, lrs[i], groups[i], inverse, clips[i])
 
     def _batches_of(self, index: int, bucket: Bucket, some: Gradients, most: float) -> list[Batch]:
-        """The last step's, if they fit this one."""
-        made_for, made = self._batches[index]
+        """Those of the last update, if they fit."""
+        made, made_for, looks = self._batches[index]
         key = most, bucket.addresses
-        if self._alike and made_for == key and bucket.steps_are_ours():
+        if looks is self._looks and made_for == key and bucket.steps_are_ours():
             return made
         counts = [None if g is None else count for g, count in zip(some, bucket.exact_steps(), strict=True)]
         if made_for != key or counts != _counts(made, len(counts)):
             made = batches(bucket, self._first_columns[index], counts, most)
-            self._batches[index] = key, made
             if self._rule.two_stage:
                 self._give_scratch(bucket, made)
+        self._batches[index] = made, key, self._looks
         return made
 
     def _update(self, batch: Batch, some: Gradients, lr: float, group: Group, inverse: float, clip: float) -> None:
@@ -240,7 +243,7 @@ class AtenBackend:
         weights = batch.params
         if bucket.dtype != compute:
             weights = [self._synced_master(bucket, i) for i in batch.chosen]
-        gradients = batch.gradients(some, alike=self._alike)
+        gradients = batch.gradients(some, self._looks)
         if batch.converts and not self._rule.two_stage:
             gradients = [g if g.dtype == compute else g.to(compute) for g in gradients]
         tensors = Tensors(weights, gradients, states, batch.joined, whole=whole)
@@ -268,6 +271,7 @@ class AtenBackend:
         tensors.w_norms = norms(tensors.params) if tensors.joined is None else tensors.joined.norms()
         batch.put(self._norms["weight"], tensors.w_norms)
 
+    @torch.inference_mode(False)
     def _give_scratch(self, bucket: Bucket, made: list[Batch]) -> None:
         """Memory for copies of gradients and for updates, which all batches of a dtype use in turn.
 

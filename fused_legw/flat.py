@@ -120,6 +120,8 @@ class Bucket:
         """Elements that a segment takes in a flat buffer."""
         return self._tiles_of(segment.param) * self.tile
 
+    @torch.inference_mode(False)
+    @torch.no_grad()
     def add_state(self, name: str) -> None:
         """A flat buffer for one kind of state, and each segment's view of it; zero, but for the masters."""
         if name in self.state:

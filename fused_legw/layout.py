@@ -75,11 +75,13 @@ class Layout:
     ) -> None:
         """rule, groups, state: the optimizer's. previous: the layout this one replaces."""
         self._rule, self._groups, self._state = rule, groups, state
-        # What `state` held when it was last looked at: dicts, live views of their values, and these values.
+        # What `state` held when it was last looked at: keys and dicts; live views of the dicts' values, and these.
         self._held: tuple[list[object], list[ValuesView[object]], list[object]] = ([], [], [])
         self._used = list[tuple[str, ...]]()  # the state that each group used in the last step
-        self._looks = list[Look]()  # of the last step's gradients, by bucket, if all were used as they came
-        self._moving = list[Tensor]()  # the parameters that the last step moved
+        # Of the last step's gradients, by bucket, if all were used as they came. The same list as long as they look
+        # alike, else another: whoever keeps what was made of gradients keeps their list beside it.
+        self._looks = list[Look]()
+        self.moving = list[Tensor]()  # the parameters that have those gradients
         self._built_for = [(group["schedule"], list(group["params"])) for group in groups]
         self.buckets: list[flat.Bucket] = []
         self.devices: list[TritonBackend | AtenBackend] = []
@@ -178,15 +180,15 @@ class Layout:
 
     def _state_changed(self, state: State) -> bool:
         """Whether someone else changed the optimizer's state; entry by entry only where it holds other objects."""
-        dicts, views, values = self._held
-        if len(state) == len(dicts) and all(map(operator.is_, state.values(), dicts)):
+        held, views, values = self._held
+        if 2 * len(state) == len(held) and all(map(operator.is_, chain(state, state.values()), held)):
             now = list(chain.from_iterable(views))
             if len(now) == len(values) and all(map(operator.is_, now, values)):
                 return False
         if any(_entries_changed(s, state, self._rule.states) for bucket in self.buckets for s in bucket.segments):
             return True
         views = list(map(dict.values, state.values()))
-        self._held = list(state.values()), views, list(chain.from_iterable(views))
+        self._held = [*state, *state.values()], views, list(chain.from_iterable(views))
         return False
 
     def see_versions(self) -> None:
@@ -238,8 +240,8 @@ class Layout:
                 self._of_moving(bucket, gradients, frozen) for bucket, gradients in zip(self.buckets, raw, strict=True)
             ]
         every = zip(chain(*(bucket.params for bucket in self.buckets)), chain(*found), strict=True)
-        self._moving = [p for p, g in every if g is not None]
-        self._looks = list(map(Look, raw)) if found is raw and self._moving else []
+        moving = [p for p, g in every if g is not None]
+        self._looks, self.moving = list(map(Look, raw)) if found is raw else [], moving
         return found
 
     def _of_moving(self, bucket: flat.Bucket, raw: list[Tensor | None], frozen: set[int]) -> list[Tensor | None]:
@@ -268,15 +270,11 @@ class Layout:
         control: Control,
         *,
         advance: bool,
-        alike: bool,
     ) -> None:
-        """One step on every device.
-
-        gradients: by bucket and segment. advance: whether the step counts as applied. alike: see `gradients`.
-        """
+        """One step on every device. gradients: by bucket and segment. advance: whether it counts as applied."""
         for device in self.devices:
             own = [g for bucket, g in zip(self.buckets, gradients, strict=True) if bucket in device.buckets]
-            device.begin(groups, own, control, len(self.devices) - 1, alike=alike)
+            device.begin(groups, own, control, len(self.devices) - 1, self._looks)
         if self.capturing:
             self._replayed.append(self._needs(groups))
         clipped_first = control.clips and any(map(self._rule.measures_clipped, groups))
@@ -289,7 +287,7 @@ class Layout:
             device.update(groups, control, clipped=apart, advance=advance)
         # Autograd must see the change, which ATen's fused kernels do not tell: it refuses a backward pass through what
         # was saved before.
-        torch.autograd.graph.increment_version(self._moving)
+        torch.autograd.graph.increment_version(self.moving)
 
     def _needs(self, groups: list[Group]) -> set[object]:
         """What the groups' options need beyond values in the group table: kernels and states."""

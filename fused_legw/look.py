@@ -35,15 +35,18 @@ class _Compared:
 
 
 _Guards: Any = _Compared
-with suppress(ImportError):  # one call of C for all of them; torch.compile's, and private
-    from torch._C._dynamo.guards import TensorGuards as _Guards  # type: ignore[no-redef]
+with suppress(ImportError, AttributeError, TypeError):  # one call of C for all of them; torch.compile's, and private
+    from torch._C._dynamo.guards import TensorGuards
+
+    TensorGuards(dynamic_dims_sizes=None, dynamic_dims_strides=None).check()
+    _Guards = TensorGuards
 
 
 class Look:
     """Which of a list of gradients there are, and the types, dtypes, devices, shapes and strides of those."""
 
     def __init__(self, gradients: Sequence[Tensor | None]) -> None:
-        """At least one of the gradients is a tensor; none is kept."""
+        """The gradients themselves are not kept."""
         self._there = self._which(gradients)
         self._all = all(self._there)
         present = compress(gradients, self._there)

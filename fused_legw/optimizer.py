@@ -261,8 +261,8 @@ class FusedOptimizer(torch.optim.Optimizer):
             layout = self._current_layout(thorough=True)
             raw = layout.raw_gradients()
         gradients = layout.gradients(raw, frozen, usual=usual, alike=alike)
-        if alike or any(g is not None for some in gradients for g in some):
-            self._update(layout, gradients, frozen, alike=alike)
+        if layout.moving:
+            self._update(layout, gradients, frozen)
         return loss
 
     def _current_layout(self, *, thorough: bool = False) -> Layout:
@@ -273,11 +273,11 @@ class FusedOptimizer(torch.optim.Optimizer):
             self._adopt()
         return self._layout
 
-    def _update(self, layout: Layout, gradients: list[list[Tensor | None]], frozen: set[int], *, alike: bool) -> None:
+    def _update(self, layout: Layout, gradients: list[list[Tensor | None]], frozen: set[int]) -> None:
         scheduled = {i for i, group in enumerate(self.param_groups) if group["schedule"] is not None}
         advance = not scheduled or not scheduled <= frozen
         layout.see_versions()
-        layout.step(self.param_groups, gradients, self._control(), advance=advance, alike=alike)
+        layout.step(self.param_groups, gradients, self._control(), advance=advance)
         layout.note_versions()
         if advance and not layout.capturing:
             self._host_steps = self.steps_applied if layout.counts_on_host else self._host_steps + 1

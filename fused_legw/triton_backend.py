@@ -39,9 +39,9 @@ class _Norms(NamedTuple):
             self.partials[tables.WEIGHT_NORM.value :].fill_(tables.UNKNOWN.value)
 
 
-def _addresses(bucket: Bucket, gradients: Gradients, dtype: torch.dtype, *, all_there: bool) -> list[int]:
-    """The address table, for the gradients of one dtype. all_there: whether every one is there and of that dtype."""
-    if all_there:
+def _addresses(bucket: Bucket, gradients: Gradients, dtype: torch.dtype, *, complete: bool) -> list[int]:
+    """The address table, for the gradients of one dtype. complete: whether every one is there and of that dtype."""
+    if complete:
         own = list(map(Tensor.data_ptr, gradients))  # type: ignore[arg-type]
     else:
         own = [0 if g is None else g.data_ptr() if g.dtype == dtype else -1 for g in gradients]
@@ -88,8 +88,8 @@ class TritonBackend:
         self._n_totals = self._others = 0
         self.nonfinite = torch.zeros(1, dtype=torch.float32, device=device)
         self._works: list[Work] = []
-        self._dtypes: list[list[torch.dtype]] = []  # of the last gradients, by bucket
-        self._all_there: list[bool] = []  # and whether there was one for each segment
+        # By bucket: the dtypes of gradients, None among them where some are missing; and the looks that they are of.
+        self._dtypes: tuple[list[set[torch.dtype | None]], object] = ([], None)
 
     def begin(
         self,
@@ -97,39 +97,44 @@ class TritonBackend:
         gradients: Sequence[Gradients],
         control: Control,
         others: int,
-        *,
-        alike: bool = False,
+        looks: object,
     ) -> None:
         """Write the tables of one step. gradients: one list per bucket.
 
-        others: how many other devices take part. alike: whether the gradients look like the last step's.
+        others: how many other devices take part. looks: stands for what the gradients look like; see `Layout`.
         """
         if self._tables is None and capturing(self.device):  # pinned memory cannot be made in a capture
             raise RuntimeError("optimizer.step() must run eagerly once before it is captured into a graph")
         if control.global_norm or self._rule.adapts:
             self._make_norms(others)
         tables = self.write_groups(groups)
-        if not alike:
-            self._dtypes = [sorted({g.dtype for g in some if g is not None}, key=str) for some in gradients]
-            self._all_there = [all(g is not None for g in some) for some in gradients]
-        pairs = [(i, dtype) for i, dtypes in enumerate(self._dtypes) for dtype in dtypes]
+        if looks is not self._dtypes[1]:
+            self._dtypes = [{None if g is None else g.dtype for g in some} for some in gradients], looks
+        found = self._dtypes[0]
+        pairs = [(i, dtype) for i, dtypes in enumerate(found) for dtype in sorted(filter(None, dtypes), key=str)]
         for i in set(range(len(self._norms))) - {i for i, _ in pairs}:  # or their last norms would be shown again
             self._norms[i].clear()
         self._n_totals, self._works = self._others, []
         # A device without any gradient still advances its count, beside the others.
         for i, dtype in pairs or [(0, self.buckets[0].dtype)]:
-            self._works.append(self._work(i, dtype, tables, gradients[i], control))
+            self._works.append(self._work(i, dtype, tables, gradients[i], control, complete=found[i] == {dtype}))
         for work in self._works:
             work.n_totals = self._n_totals
 
     def _work(
-        self, index: int, dtype: torch.dtype, tables: tuple[Tensor, Tensor], gradients: Gradients, control: Control
+        self,
+        index: int,
+        dtype: torch.dtype,
+        tables: tuple[Tensor, Tensor],
+        gradients: Gradients,
+        control: Control,
+        *,
+        complete: bool,
     ) -> Work:
         from legw_kernels import launch
 
         bucket, norms = self.buckets[index], self._norms[index] if self._norms else None
         table, ticket = self._address_table(index, dtype)
-        simple = self._all_there[index] and self._dtypes[index] == [dtype]
         states = [bucket.state.get(name) for name in self._rule.states] + [None, None]
         work = launch.Work(
             rule=self._rule.name,
@@ -137,7 +142,7 @@ class TritonBackend:
             grad_dtype=dtype,
             tile=bucket.tile,
             segments=self._segments[index],
-            addresses=table.write(_addresses(bucket, gradients, dtype, all_there=simple)),
+            addresses=table.write(_addresses(bucket, gradients, dtype, complete=complete)),
             chunks=bucket.chunks,
             groups=tables[0],
             milestones=tables[1],

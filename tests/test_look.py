@@ -81,12 +81,19 @@ LOOKS = {
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize(("cls", "options"), EVERY, ids=lambda x: getattr(x, "__name__", None))
 def test_gradients_of_every_look_in_turn(backend, device, monkeypatch, cls, options, dtype):
-    """Two steps with each, and two as ever: the same bits as of an optimizer that keeps nothing."""
+    """Two steps with each, and two as ever: the same bits as of an optimizer that keeps nothing.
+
+    In float32 a step that skips itself comes before either two: it sees their look, and makes nothing of it.
+    """
+    skips = dtype == torch.float32
     params = make_params(dtype, device, SHAPES)
     plain = twins(params)
     for p in (*params, *plain):
         p.grad_dtype = None
-    made = [cls(tensors, lr=legw(), tile=16, backend=backend, **options) for tensors in (params, plain)]
+    made = [
+        cls(tensors, lr=legw(), tile=16, backend=backend, skip_nonfinite=skips, **options)
+        for tensors in (params, plain)
+    ]
     alike, asked = Layout.alike, []
 
     def step(optimizer, keeps):
@@ -98,14 +105,19 @@ def test_gradients_of_every_look_in_turn(backend, device, monkeypatch, cls, opti
         return answer
 
     for name, gradient in LOOKS.items():
-        for now in (gradient, gradient, torch.randn_like, torch.randn_like):
+        for k, now in enumerate([gradient] * 3 + [torch.randn_like] * 3):
+            if k % 3 == 0 and not skips:
+                continue
             for i, (p, q) in enumerate(zip(params, plain, strict=True)):
                 p.grad = q.grad = (torch.randn_like if i == 1 else now)(p.detach())
+            if k % 3 == 0:
+                params[1].grad[0] = torch.inf
             step(made[0], True)
             step(made[1], False)
             same(params, plain)
         if name == "as ever":
-            assert asked == [False, True, True, True]  # or the test would not test it
+            assert asked == [False] + [True] * (5 if skips else 3)  # or the test would not test it
+    assert made[0].steps_skipped == (10 if skips else 0)
     for p, q in zip(params, plain, strict=True):
         for key, value in made[0].state[p].items():
             assert torch.equal(value, made[1].state[q][key]), key
@@ -142,3 +154,78 @@ def test_momentum_that_begins_between_steps_alike(backend, device, cls):
         if cls is SGD:
             torch.testing.assert_close(buffer, torch.full_like(p, expected))
         assert (buffer != 0).all()
+
+
+def test_a_step_that_fails_leaves_nothing_behind(backend, device, monkeypatch):
+    """Its gradients have another look, of which nothing was made; they are not kept."""
+    params = make_params(torch.float32, device, SHAPES)
+    plain = twins(params)
+    optimizer, twin = (SGD(tensors, lr=0.1, tile=16, backend=backend) for tensors in (params, plain))
+    params[0].grad = torch.ones_like(params[0])
+    plain[0].grad = torch.ones_like(params[0])
+    for made in (optimizer, twin):
+        made.step()
+    with monkeypatch.context() as broken:
+        for name in ("begin", "write_groups" if backend == "triton" else "_update_all"):
+            for p in params:
+                p.grad = torch.ones_like(p)
+            gone = weakref.ref(params[0].grad)
+            broken.setattr(type(optimizer._layout.devices[0]), name, _fails(gone))
+            with pytest.raises(ZeroDivisionError):
+                optimizer.step()
+            broken.undo()
+            for p in params:
+                p.grad = None
+            assert gone() is None
+    for _ in range(2):
+        for p in (*params, *plain):
+            p.grad = torch.ones_like(p)
+        for made in (optimizer, twin):
+            made.step()
+    same(params, plain)
+
+
+def _fails(gone):
+    def method(*args, **kwargs):
+        assert gone() is not None
+        raise ZeroDivisionError
+
+    return method
+
+
+def test_state_that_changes_places_is_seen(backend, device):
+    """The same dicts in the same order, of other parameters."""
+    params = make_params(torch.float32, device, [(4,), (4,)])
+    plain = twins(params)
+    ours = SGD(params, lr=0.1, momentum=0.9, tile=16, backend=backend)
+    torchs = torch.optim.SGD(plain, lr=0.1, momentum=0.9)
+    for optimizer, tensors in ((ours, params), (torchs, plain)):
+        for _ in range(3):
+            for scale, p in enumerate(tensors, 1):
+                p.grad = scale * torch.ones_like(p)
+            optimizer.step()
+        state, (p, q) = optimizer.state, tensors
+        first, second = state.pop(p), state.pop(q)
+        state[q], state[p] = first, second
+        optimizer.step()
+    torch.testing.assert_close(params, plain)
+
+
+@pytest.mark.parametrize(("cls", "options"), EVERY, ids=lambda x: getattr(x, "__name__", None))
+def test_a_first_step_under_inference_mode(backend, device, cls, options):
+    """What it makes and keeps is of use to the steps after it."""
+    params = make_params(torch.float32, device, SHAPES)
+    optimizer = cls(
+        params, lr=1e-3, tile=16, backend=backend, **{**options, **({"momentum": 0.0} if cls is SGD else {})}
+    )
+    for p in params:
+        p.grad = torch.ones_like(p)
+    with torch.inference_mode():
+        optimizer.step()
+    if cls is SGD:
+        optimizer.param_groups[0]["momentum"] = 0.9
+        with torch.inference_mode():
+            optimizer.step()
+    optimizer.step()
+    assert optimizer.steps_applied == (3 if cls is SGD else 2)
+    assert not any(value.is_inference() for state in optimizer.state.values() for value in state.values())
