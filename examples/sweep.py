@@ -184,7 +184,7 @@ def main(app, arguments=None):
         print("chosen: LR {:g}, warm-up {:g} epochs".format(*choose(app, rows)))
         return
     rows = run(app, plan, settings, args.output / f"{app.name}.jsonl")
-    print(report.table(app, rows))
+    print(app.title, report.table(app, rows), sep="\n")
     plots.plot(app, rows, args.output / f"{app.name}.png")
     print(f"written to {args.output}")
     if args.quick:
