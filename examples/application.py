@@ -28,7 +28,6 @@ class Application:
 
     higher = True
     packages: tuple[str, ...] = ()
-    backend: str | None = None
 
     def add_arguments(self, parser):
         """Options of this application alone."""

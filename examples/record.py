@@ -1,8 +1,14 @@
 """The runs of one application, grouped by arm and batch: what holds, how much faster it is, how much sooner."""
 
+import json
 from statistics import fmean
 
 TITLES = {"legw": "LEGW", "linear": "linear scaling, LEGW's warm-up", "sqrt": "sqrt scaling, no warm-up"}
+
+
+def read(file):
+    """The runs in a file of JSON lines; none if there is no file."""
+    return [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
 
 
 def reaches(app, quality, target):

@@ -1,7 +1,6 @@
 """What the recorded runs say: `python -m examples.report` writes RESULTS.md and the plots from the JSON lines."""
 
 import argparse
-import json
 import math
 from pathlib import Path
 from statistics import fmean, geometric_mean, stdev
@@ -9,7 +8,7 @@ from statistics import fmean, geometric_mean, stdev
 from fused_legw.demo_results import table as markdown
 
 from .plots import overview, plot
-from .record import TITLES, Record
+from .record import TITLES, Record, read
 
 HERE = Path(__file__).parent
 PAPER_SPEEDUP = 5.3  # You et al. 2019: average over the four LSTM applications
@@ -174,10 +173,6 @@ def _application(record, tuning):
         ]
         lines += ["", tuning_table(tuning)]
     return lines
-
-
-def read(file):
-    return [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
 
 
 def main(arguments=None):

@@ -16,6 +16,8 @@ from fused_legw.backends import explain_backend
 from fused_legw.demo import select
 
 from .application import ARMS, need
+from .plots import plot
+from .record import reaches, read
 from .trainer import OPTIMIZERS, Settings, train
 
 TUNING_SEEDS = 100, 101  # never those of recorded runs, which are 0, 1, 2, ...
@@ -55,7 +57,7 @@ def tuning(app):
 def run(app, plan, settings, file):
     """Do the planned runs that the file does not have yet, one line each; returns all the planned ones' rows."""
     file.parent.mkdir(parents=True, exist_ok=True)
-    done = [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
+    done = read(file)
     rows, waiting = [], []
     for planned in plan:
         key = json.loads(json.dumps(planned.key(app, settings)))
@@ -168,7 +170,7 @@ def _checked(app, args):
 
 def main(app, arguments=None):
     """Run an application's command; what makes no sense ends in one line and exit status 2, before any training."""
-    from . import plots, record, report
+    from . import report  # which imports the applications, and they this
 
     parser = _parser(app)
     args = parser.parse_args(arguments)
@@ -185,9 +187,9 @@ def main(app, arguments=None):
         return
     rows = run(app, plan, settings, args.output / f"{app.name}.jsonl")
     print(app.title, report.table(app, rows), sep="\n")
-    plots.plot(app, rows, args.output / f"{app.name}.png")
+    plot(app, rows, args.output / f"{app.name}.png")
     print(f"written to {args.output}")
     if args.quick:
         reached = next(row["quality"] for row in rows if row["arm"] == "baseline")
-        if not record.reaches(app, reached, app.target):
+        if not reaches(app, reached, app.target):
             raise SystemExit(f"{app.title}: {app.metric} {reached} misses the target of {app.target}")

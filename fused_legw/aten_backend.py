@@ -103,7 +103,7 @@ def batches(bucket: Bucket, first_column: int, counts: Sequence[int | None], mos
     return [Batch(bucket, *key, chosen, first_column) for key, of_key in lists.items() for chosen in of_key]
 
 
-def _counts(made: Sequence[Batch], n: int) -> list[int | None]:
+def _counts_of(made: Sequence[Batch], n: int) -> list[int | None]:
     """The counts of n segments, of which some are in these batches."""
     counts: list[int | None] = [None] * n
     for batch in made:
@@ -228,7 +228,7 @@ class AtenBackend:
         if looks is self._looks and made_for == key and bucket.steps_are_ours():
             return made
         counts = [None if g is None else count for g, count in zip(some, bucket.exact_steps(), strict=True)]
-        if made_for != key or counts != _counts(made, len(counts)):
+        if made_for != key or counts != _counts_of(made, len(counts)):
             made = batches(bucket, self._first_columns[index], counts, most)
             if self._rule.two_stage:
                 self._give_scratch(bucket, made)
