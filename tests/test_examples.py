@@ -290,6 +290,12 @@ def test_report_where_less_is_better():
     assert record.lost(record.groups[1]) == pytest.approx(0.95)
 
 
+def test_the_limit_lies_before_the_first_batch_that_fails():
+    rows = [_row("baseline", 4, 0, [100.0], [1.0])]
+    rows += [_row("legw", batch, 0, [quality], [1.0]) for batch, quality in ((8, 101.0), (16, 103.0), (32, 101.0))]
+    assert Record(APPLICATIONS["ptb_small"](), rows).limit("legw").batch == 8
+
+
 def test_report_writes_a_page_and_plots(tmp_path, capsys):
     for name in APPLICATIONS:
         (tmp_path / f"{name}.jsonl").write_text("\n".join(map(json.dumps, ROWS)) + "\n")
