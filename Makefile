@@ -14,9 +14,8 @@ demo: $(READY)
 test: $(READY)
 	$(MAKE) --jobs=2 --keep-going --no-print-directory values-0 values-1 codes
 
-# Every other file of the suite, so that files that are alike are spread out.
 values-%: $(READY)
-	TRITON_INTERPRET=1 $(BIN)/pytest -m "not codegen" $$(ls tests/test_*.py | awk 'NR % 2 == $*')
+	TRITON_INTERPRET=1 $(BIN)/pytest -m "not codegen" $$($(BIN)/python tests/support/deal.py $* 2)
 
 codes: $(READY)
 	$(BIN)/pytest -m codegen
@@ -27,7 +26,7 @@ lint: $(READY)
 	$(BIN)/mypy
 
 codegen: $(READY)
-	PYTHONPATH=kernels $(BIN)/python tests/codegen_table.py
+	PYTHONPATH=kernels $(BIN)/python -m tests.codegen_table
 
 # OMP_WAIT_POLICY: threads that spin while they wait take the cores from each other.
 bench: $(READY)
@@ -41,7 +40,7 @@ report: $(READY)
 	$(BIN)/python -m benchmarks.report
 
 gpu:
-	$(PYTHON) tests/gpu.py $(ARGS)
+	$(PYTHON) -m tests.gpu $(ARGS)
 
 $(READY): requirements.txt pyproject.toml
 	$(PYTHON) -c 'import sys; sys.exit(None if sys.version_info >= (3, 10) else "fused-legw needs Python 3.10 or later")'

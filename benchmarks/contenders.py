@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 import fused_legw
-from fused_legw.backends import explain_backend
+from fused_legw.backends.select import explain_backend
 
 from . import baselines
 from .floor import FAMILIES

@@ -5,7 +5,8 @@ from pathlib import Path
 from torch import nn
 from torch.nn import functional as F
 
-from fused_legw import LEGW, SGD, digits
+from fused_legw import LEGW, SGD
+from fused_legw.demo import digits
 
 from .application import Application
 from .sweep import main

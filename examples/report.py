@@ -5,7 +5,7 @@ import math
 from pathlib import Path
 from statistics import fmean, geometric_mean, stdev
 
-from fused_legw.demo_results import table as markdown
+from fused_legw.demo.results import table as markdown
 
 from .plots import overview, plot
 from .record import TITLES, Record, read

@@ -6,7 +6,8 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from fused_legw import LARS, LEGW, Polynomial, digits, param_groups
+from fused_legw import LARS, LEGW, Polynomial, param_groups
+from fused_legw.demo import digits
 
 from .application import Application, need
 from .sweep import main

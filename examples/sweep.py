@@ -12,8 +12,8 @@ from tqdm import tqdm
 
 from benchmarks.provenance import commit, device_name
 from fused_legw import LEGW
-from fused_legw.backends import explain_backend
-from fused_legw.demo import select
+from fused_legw.backends.select import explain_backend
+from fused_legw.demo.program import select
 
 from .application import ARMS, need
 from .plots import plot

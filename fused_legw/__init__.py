@@ -1,19 +1,20 @@
 """fused-legw: the LEGW schedule inside fused optimizer kernels, as drop-in torch.optim classes."""
 
 from . import reference
-from .adam import Adam, AdamW
-from .adamp import AdamP
-from .amp import GradScaler
-from .autowu import AutoWU
-from .decays import Constant, Cosine, Exponential, MultiStep, Polynomial
-from .follow import FollowSchedule
-from .grouping import param_groups
-from .lamb import LAMB
-from .lars import LARS
-from .noise_scale import DistributedNorms, GradientNoiseScale, MicroBatchNorms
-from .schedule import LEGW
-from .sgd import SGD
-from .verification import verify
+from .optim.adam import Adam, AdamW
+from .optim.adamp import AdamP
+from .optim.grouping import param_groups
+from .optim.lamb import LAMB
+from .optim.lars import LARS
+from .optim.sgd import SGD
+from .schedules.autowu import AutoWU
+from .schedules.decays import Constant, Cosine, Exponential, MultiStep, Polynomial
+from .schedules.legw import LEGW
+from .training.follow_schedule import FollowSchedule
+from .training.grad_scaler import GradScaler
+from .training.gradient_norms import DistributedNorms, MicroBatchNorms
+from .training.noise_scale import GradientNoiseScale
+from .verification.compare import verify
 
 __version__ = "0.1.0.dev0"
 __all__ = [

@@ -1,4 +1,4 @@
-"""What the optimizers refuse, said before anything has changed."""
+"""What the LR does after the warm-up: the decays, and the checks of numbers they share with the run."""
 
 from __future__ import annotations
 
@@ -7,11 +7,37 @@ import numbers
 from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import pairwise
-from typing import Any
+from numbers import Integral, Real
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
 from torch.nn.parameter import UninitializedParameter
+
+
+def fail(name: str, value: object, rule: str) -> NoReturn:
+    raise ValueError(f"{name} must be {rule}, got {value!r}")
+
+
+def number(name: str, value: object, *, zero: bool = False) -> float:
+    """The value as a float, if it is a finite positive number (or zero, if `zero`)."""
+    try:
+        converted = float(value) if isinstance(value, Real) and not isinstance(value, bool) else math.nan
+    except OverflowError:
+        converted = math.inf
+    if not math.isfinite(converted) or converted < 0 or (converted == 0 and not zero):
+        fail(name, value, "a finite number, zero or more" if zero else "a finite positive number")
+    return converted
+
+
+def count(name: str, value: object, *, zero: bool = False) -> int:
+    """The value as an int, if it is a positive integer (or zero, if `zero`) that fits 63 bits."""
+    if not isinstance(value, Integral) or isinstance(value, bool) or int(value) < (0 if zero else 1):
+        fail(name, value, "an integer, zero or more" if zero else "a positive integer")
+    if int(value) >= 2**63:
+        fail(name, value, "an integer below 2**63")
+    return int(value)
+
 
 DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 

@@ -16,11 +16,12 @@ import torch
 from torch import Tensor
 
 from . import variants
-from .schedule import Schedule
+from .schedules.base import Schedule
 
 LAYOUT = frozenset(
     {"foreach", "fused", "differentiable", "capturable", "backend", "flatten", "master_weights", "carry_norms", "tile"}
 )
+
 
 Group = dict[str, Any]
 

@@ -44,6 +44,8 @@ LARS: dict[str, Axes] = {
     "moco": _lars(0.001, 0, "norm_of_sum", "torch", False, "vectors", "one"),
     "optax": _lars(0.001, 0, "norm_of_sum", "scaled", False, "nothing", "one"),
 }
+
+
 PLAIN_MOMENTUM_ONLY = ("nvidia", "rocm")  # variants that define neither nesterov nor dampening
 
 
@@ -72,7 +74,9 @@ LAMB: dict[str, Axes] = {
     "optax": _lamb(True, None, None, "nothing", 1e-6, 0.0),
 }
 
+
 DIVIDING = ("author-tf", "apex", "timm")  # variants whose clipping is g / max(1, norm / c)
+
 
 CHOICES: dict[str, tuple[Any, ...]] = {
     "form": ("scaled", "corrected", "torch", "unscaled", "popular"),
@@ -80,6 +84,7 @@ CHOICES: dict[str, tuple[Any, ...]] = {
     "zero_norm": ("one", "denominator", "plain"),
     "bias_correction": (True, False, "step_size"),
 }
+
 
 CHECKS: dict[str, Callable[[str, Any], None]] = {
     "trust_coefficient": check_number,

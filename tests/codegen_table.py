@@ -1,6 +1,6 @@
 """Every variant of the kernels, compiled ahead of time, and the rules that its code keeps. As a table:
 
-    python tests/codegen_table.py
+    PYTHONPATH=kernels python -m tests.codegen_table
 
 Exit status 1 if the code of any variant breaks a rule.
 """
@@ -10,7 +10,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterable, Sequence
 
-from codegen import TARGETS, Compiled, compile_kernel
+from tests.support.codegen import TARGETS, Compiled, compile_kernel
 
 _AMSGRAD = dict(rule="adam", states=3)
 _EVERYTHING = dict(clips=True, skips=True, scaled=True)
@@ -40,15 +40,15 @@ VARIANTS = {
     "AdamP fp64, everything": ("update", dict(rule="adamp", param="fp64", **_EVERYTHING), 4, 3),
     "LAMB": ("update", dict(rule="lamb"), 3, 1),
     "LAMB fp64, everything": ("update", dict(rule="lamb", param="fp64", **_EVERYTHING), 3, 1),
-    "gradient norms": ("measure", dict(updates=False), 1, 0),
-    "gradient norms fp64": ("measure", dict(updates=False, param="fp64"), 1, 0),
-    "LARS's norms": ("measure", dict(rule="lars"), 2, 0),
-    "LARS's norms, carried": ("measure", dict(rule="lars", carry=True), 2, 0),
-    "LARS's norms bf16, everything": ("measure", dict(rule="lars", param="bf16", master=True, **_EVERYTHING), 3, 0),
-    "LARS's norms fp64, everything": ("measure", dict(rule="lars", param="fp64", **_EVERYTHING), 2, 0),
-    "LAMB's moments": ("measure", dict(rule="lamb"), 4, 2),
-    "LAMB's moments bf16, everything": ("measure", dict(rule="lamb", param="bf16", master=True, **_EVERYTHING), 5, 2),
-    "LAMB's moments fp64, everything": ("measure", dict(rule="lamb", param="fp64", **_EVERYTHING), 4, 2),
+    "gradient norms": ("norm", dict(updates=False), 1, 0),
+    "gradient norms fp64": ("norm", dict(updates=False, param="fp64"), 1, 0),
+    "LARS's norms": ("norm", dict(rule="lars"), 2, 0),
+    "LARS's norms, carried": ("norm", dict(rule="lars", carry=True), 2, 0),
+    "LARS's norms bf16, everything": ("norm", dict(rule="lars", param="bf16", master=True, **_EVERYTHING), 3, 0),
+    "LARS's norms fp64, everything": ("norm", dict(rule="lars", param="fp64", **_EVERYTHING), 2, 0),
+    "LAMB's moments": ("norm", dict(rule="lamb"), 4, 2),
+    "LAMB's moments bf16, everything": ("norm", dict(rule="lamb", param="bf16", master=True, **_EVERYTHING), 5, 2),
+    "LAMB's moments fp64, everything": ("norm", dict(rule="lamb", param="fp64", **_EVERYTHING), 4, 2),
     # Rows begin at any element: read one by one.
     "AdamP's sums": ("sums", dict(rule="adamp"), 0, 0),
     "AdamP's sums bf16, everything": ("sums", dict(rule="adamp", param="bf16", master=True, **_EVERYTHING), 0, 0),

@@ -8,20 +8,16 @@ On a machine with a GPU plain `pytest` runs everything on it.
 
 from __future__ import annotations
 
-import os
-
 import pytest
 import torch
-from cases import make_params
 from torch import Tensor
 
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-DEVICE = "cuda" if torch.cuda.is_available() and not INTERPRETED else "cpu"
-HAS_TRITON = INTERPRETED or DEVICE == "cuda"
+from tests.support.cases import make_params
+from tests.support.machine import DEVICE, HAS_TRITON, INTERPRETED
 
 torch.set_num_threads(1)  # tensors here are too small to share
 if INTERPRETED:
-    from interpreter import patch_once_per_launch
+    from tests.support.interpreter import patch_once_per_launch
 
     patch_once_per_launch()
 

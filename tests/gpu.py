@@ -1,8 +1,8 @@
 """Everything that only a GPU can show, in parts of under nine minutes, each with a verdict of its own:
 
-    python tests/gpu.py --commit COMMIT --out FOLDER                      all parts; `make gpu` is this
-    python tests/gpu.py --commit COMMIT --out FOLDER --part stress        one; can be given again
-    python tests/gpu.py --list
+    python -m tests.gpu --commit COMMIT --out FOLDER                      all parts; `make gpu` is this
+    python -m tests.gpu --commit COMMIT --out FOLDER --part stress        one; can be given again
+    python -m tests.gpu --list
 
 Needs a CUDA GPU, and a Python with torch, triton, numpy, pytest and pytest-benchmark; nothing has to be installed, and
 the source tree needs no git. A failing part does not stop the others. FOLDER gets a log of each part and the summary.
@@ -21,6 +21,8 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+
+from tests.support.deal import files
 
 ROOT = Path(__file__).resolve().parent.parent
 LIMIT = 530.0  # seconds, for a part
@@ -63,9 +65,8 @@ def _pytest(*args: str) -> Command:
 
 
 def _suite(number: int) -> Callable[[Run], list[Command]]:
-    """Every third file of the suite, so that files that are alike are spread out."""
-    files = sorted(str(path.relative_to(ROOT)) for path in (ROOT / "tests").glob("test_*.py"))
-    own = files[number::TESTS]
+    """The suite's files, dealt to `TESTS` parts."""
+    own = files(number, TESTS)
     return lambda run: [_pytest("-m", "not gpu and not codegen", *own)]
 
 
@@ -73,7 +74,7 @@ def _sanitize(run: Run) -> list[Command]:
     """The sanitizer's own bookkeeping needs every tensor to be an allocation, which torch's cache would hide."""
     if shutil.which("compute-sanitizer") is None:
         return []
-    tiny = _pytest("tests/test_stress.py", "-k", "every_kernel")
+    tiny = _pytest("tests/kernels/test_stress.py", "-k", "every_kernel")
     uncached = ["env", "PYTORCH_NO_CUDA_MEMORY_CACHING=1"]
     tools = ("memcheck", "racecheck")
     return [[*uncached, "compute-sanitizer", "--tool", tool, "--error-exitcode", "9", *tiny] for tool in tools]
@@ -98,13 +99,16 @@ PARTS = {
         for i in range(TESTS)
     },
     "codegen": Part(
-        "the kernels compiled ahead of time", lambda run: [_pytest("-m", "codegen", "tests/test_codegen.py")]
+        "the kernels compiled ahead of time", lambda run: [_pytest("-m", "codegen", "tests/kernels/test_codegen.py")]
     ),
-    "stress": Part("what relies on order inside a launch, under load", lambda run: [_pytest("tests/test_stress.py")]),
+    "stress": Part(
+        "what relies on order inside a launch, under load", lambda run: [_pytest("tests/kernels/test_stress.py")]
+    ),
     "replay": Part(
-        "graph replays against eager steps", lambda run: [_pytest("tests/test_replay.py", "tests/test_capture.py")]
+        "graph replays against eager steps",
+        lambda run: [_pytest("tests/backends/test_replay.py", "tests/backends/test_capture.py")],
     ),
-    "huge": Part("buffers beyond 2^31 elements", lambda run: [_pytest("tests/test_huge.py")]),
+    "huge": Part("buffers beyond 2^31 elements", lambda run: [_pytest("tests/kernels/test_huge.py")]),
     "sanitize": Part("every kernel on small tensors under compute-sanitizer", _sanitize),
     **{f"bench-{family}": Part(f"the benchmarks of {family}", _bench(family)) for family in FAMILIES},
     "report": Part("the report of the benchmarks", _report),

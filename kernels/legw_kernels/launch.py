@@ -1,4 +1,4 @@
-"""Launching the kernels: which dtypes, how many programs, with which options."""
+"""Launching the kernels: rows of their tables, how many programs, and what is given to each."""
 
 from __future__ import annotations
 
@@ -8,64 +8,22 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import triton.language as tl
 from torch import Tensor
 
-from . import tables
-from .measure import measure_kernel, reduce_kernel
-from .rows import factors_kernel, sums_kernel
-from .rules import RULES
-from .scalars import Recipe
-from .update import update_kernel
-
-HYPER = tables.HYPER.value
-CHUNKS_OF_A_RUN = 16
-TILES_OF_A_SPAN, MOST_SPANS = 32, 64
-DTYPES: dict[torch.dtype, Any] = {
-    torch.float32: tl.float32,
-    torch.float64: tl.float64,
-    torch.float16: tl.float16,
-    torch.bfloat16: tl.bfloat16,
-}
-
-
-def _registers(param_dtype: torch.dtype, states: int) -> int:
-    """The register limit: what the largest variant takes without spilling.
-
-    states: of the rule, as far as updated, and one for a projection.
-    """
-    if param_dtype == torch.float64:
-        return 255
-    return 168 if states > 2 else 128
-
-
-def _warps(param_dtype: torch.dtype) -> int:
-    """So that a thread has 8 elements, 4 in float64."""
-    return 8 if param_dtype == torch.float64 else 4
-
-
-def compute_dtype(param_dtype: torch.dtype) -> Any:
-    """The dtype of arithmetic and state."""
-    return tl.float64 if param_dtype == torch.float64 else tl.float32
-
-
-def options(param_dtype: torch.dtype, states: int = 0, *, amd: bool = torch.version.hip is not None) -> dict[str, Any]:
-    """Compiler options.
-
-    Fusing a * b + c into one rounding would save nothing in a kernel that waits for memory, and would make its bits
-    depend on the target; Triton's default for it differs between versions. Told of a register limit, ptxas does not
-    spill in order to stay below some smaller number.
-    """
-    limit = {} if amd else {"maxnreg": _registers(param_dtype, states)}
-    return {"num_warps": _warps(param_dtype), "enable_fp_fusion": False, **limit}
+from . import tables, tuning
+from .formulas import ScheduleConstants
+from .norm_pass import norm_kernel, reduce_kernel
+from .projection_pass import factors_kernel, sums_kernel
+from .rules.registry import RULES
+from .update_pass import update_kernel
 
 
 @functools.cache
-def _most_programs(device: torch.device, param_dtype: torch.dtype, states: int) -> int:
+def most_programs(device: torch.device, param_dtype: torch.dtype, states: int) -> int:
     """As many as are resident at once, so that equal shares end together; a handful in the interpreter."""
     if device.type != "cuda":
         return 4
-    resident = 65536 // (32 * _warps(param_dtype) * _registers(param_dtype, states))
+    resident = 65536 // (32 * tuning.warps(param_dtype) * tuning.registers(param_dtype, states))
     return resident * torch.cuda.get_device_properties(device).multi_processor_count
 
 
@@ -75,7 +33,7 @@ def segment_row(p: Tensor, first_tile: int, first_chunk: int, chunk_tiles: int, 
 
 
 def group_row(
-    recipe: Recipe,
+    recipe: ScheduleConstants,
     lr: Tensor | None,
     milestones: tuple[int, int],
     states: int,
@@ -96,12 +54,6 @@ def group_row(
     return row + [0.0] * (tables.GROUP_WIDTH.value - len(row))
 
 
-def piece_shape(tile: int) -> tuple[int, int]:
-    """The rows and columns that a tile of the row sums has. Half as many elements: it sums four things at once."""
-    columns: int = 1 << tile.bit_length() // 2
-    return tile // 2 // columns, columns
-
-
 @dataclass
 class Rows:
     """The rows of a bucket's tensors; see `rows`."""
@@ -114,13 +66,13 @@ class Rows:
     @classmethod
     def of(cls, params: Sequence[Tensor], tile: int, dtype: torch.dtype, device: torch.device) -> Rows:
         """dtype: of the factors, the compute dtype. A tensor of one dimension or none is one row, not projected."""
-        height, width = piece_shape(tile)
+        height, width = tuning.piece_shape(tile)
         counts = [len(p) if p.ndim > 1 and p.numel() else 1 for p in params]
         factors = torch.zeros(sum(counts) + tile, dtype=dtype, device=device)
         table, pieces, n_sums, address = list[list[int]](), list[int](), 0, factors.data_ptr()
         for i, (p, count) in enumerate(zip(params, counts, strict=True)):
-            length, span = p.numel() // count, TILES_OF_A_SPAN * width
-            while span * MOST_SPANS < length:
+            length, span = p.numel() // count, tuning.TILES_OF_A_SPAN * width
+            while span * tuning.MOST_SPANS < length:
                 span *= 2
             spans = -(-length // span) if p.ndim > 1 else 0
             table.append([count, length, address, len(pieces), n_sums, span, spans])
@@ -171,18 +123,23 @@ class Work:
 
     @property
     def dtypes(self) -> dict[str, Any]:
-        compute = compute_dtype(self.param_dtype)
-        return dict(PARAM=DTYPES[self.param_dtype], GRAD=DTYPES[self.grad_dtype], COMPUTE=compute, BLOCK=self.tile)
+        compute = tuning.compute_type(self.param_dtype)
+        return dict(
+            PARAM=tuning.TRITON_TYPES[self.param_dtype],
+            GRAD=tuning.TRITON_TYPES[self.grad_dtype],
+            COMPUTE=compute,
+            BLOCK=self.tile,
+        )
 
 
 def programs(chunks: Tensor, param_dtype: torch.dtype, states: int = 0) -> int:
     """How many programs a launch over these chunks gets; one that measures writes as many entries of `totals`."""
-    return max(1, min(chunks.numel(), _most_programs(chunks.device, param_dtype, states)))
+    return max(1, min(chunks.numel(), most_programs(chunks.device, param_dtype, states)))
 
 
 def _runs(n_chunks: int, programs: int) -> int:
     """Into how many equal parts to divide the chunks: a few for each program, none of too many chunks."""
-    return programs * max(1, -(-n_chunks // (programs * CHUNKS_OF_A_RUN)))
+    return programs * max(1, -(-n_chunks // (programs * tuning.CHUNKS_OF_A_RUN)))
 
 
 def launch(kernel: Any, device: torch.device, grid: int, *args: Any, **constants: Any) -> None:
@@ -200,12 +157,12 @@ def measure(work: Work, *, updates: bool, gradients: bool, clips: bool, skips: b
     rule, n_chunks = RULES[work.rule], work.chunks.numel()
     grid = programs(work.chunks, work.param_dtype)
     launch(
-        measure_kernel, work.chunks.device, grid,
+        norm_kernel, work.chunks.device, grid,
         work.segments, work.addresses, work.chunks, work.groups, work.milestones, work.counts, work.steps, work.shown,
         *work.states, work.master, work.partials, work.turn, work.totals, work.grad_scale, work.found_inf,
         n_chunks, _runs(n_chunks, grid), work.steps.numel(), work.n_totals, work.first_total,
-        PREPARE=rule.prepare, ADVANCE=rule.advance, MEASURE=rule.measure if updates else None, STORE=rule.two_stage,
-        GRADIENTS=gradients, GLOBAL=clips or skips, SKIP=skips, **work.dtypes, **options(work.param_dtype),
+        PREPARE=rule.prepare, ADVANCE=rule.advance, DIVISOR=rule.divisor if updates else None, STORE=rule.two_stage,
+        GRADIENTS=gradients, GLOBAL=clips or skips, SKIP=skips, **work.dtypes, **tuning.options(work.param_dtype),
     )  # fmt: skip
 
 
@@ -213,7 +170,7 @@ def project(work: Work, *, clips: bool, skips: bool) -> None:
     """Each row's factor. clips, skips: as in `measure`."""
     rule, rows = RULES[work.rule], work.rows
     assert rows is not None
-    height, width = piece_shape(work.tile)
+    height, width = tuning.piece_shape(work.tile)
     n_sums, n_segments, device = rows.sums.shape[1], work.steps.numel(), work.chunks.device
     if n_pieces := rows.pieces.numel():
         launch(
@@ -222,12 +179,12 @@ def project(work: Work, *, clips: bool, skips: bool) -> None:
             *work.states[:2], work.master, work.totals, work.grad_scale, work.found_inf,
             rows.table, rows.pieces, rows.sums, n_pieces, n_sums, n_segments, work.n_totals,
             PREPARE=rule.prepare, ADVANCE=rule.advance, DIRECTION=rule.direction, GLOBAL=clips or skips, SKIP=skips,
-            ROWS=height, COLUMNS=width, **work.dtypes, **options(work.param_dtype),
+            ROWS=height, COLUMNS=width, **work.dtypes, **tuning.options(work.param_dtype),
         )  # fmt: skip
     launch(
-        factors_kernel, device, max(1, min(n_segments, _most_programs(device, work.param_dtype, 0))),
+        factors_kernel, device, max(1, min(n_segments, most_programs(device, work.param_dtype, 0))),
         work.segments, work.addresses, work.groups, rows.table, rows.sums, n_sums, n_segments,
-        COMPUTE=compute_dtype(work.param_dtype), **options(work.param_dtype),
+        COMPUTE=tuning.compute_type(work.param_dtype), **tuning.options(work.param_dtype),
     )  # fmt: skip
 
 
@@ -247,9 +204,9 @@ def update(work: Work, *, clips: bool, skips: bool, clipped: bool, last: bool, a
         work.rows and work.rows.table,
         work.grad_scale, work.found_inf, work.nonfinite,
         n_chunks, _runs(n_chunks, grid), work.steps.numel(), work.n_totals,
-        PREPARE=rule.prepare, ADVANCE=rule.advance, DIRECTION=rule.direction, MEASURE=rule.measure,
-        ADVANCED=rule.two_stage, CLIPPED=clipped, GLOBAL=clips or skips, SKIP=skips, LAST=last, ADVANCES=advances,
-        **work.dtypes, **options(work.param_dtype, states),
+        PREPARE=rule.prepare, ADVANCE=rule.advance, DIRECTION=rule.direction, DIVISOR=rule.divisor,
+        MOMENTS_DONE=rule.two_stage, CLIPPED=clipped, GLOBAL=clips or skips, SKIP=skips, LAST=last,
+        COUNTS_STEP=advances, **work.dtypes, **tuning.options(work.param_dtype, states),
     )  # fmt: skip
 
 
@@ -259,9 +216,9 @@ def tensor_norms(
     """float64, one per tensor: the norms of one kind, a row of `partials`."""
     n = segments.numel() // tables.SEGMENT_WIDTH.value
     norms = torch.empty(n, dtype=torch.float64, device=segments.device)
-    grid = max(1, min(n, _most_programs(segments.device, torch.float32, 0)))
+    grid = max(1, min(n, most_programs(segments.device, torch.float32, 0)))
     launch(
         reduce_kernel, segments.device, grid, segments, partials, turn, norms, partials.shape[1], n,
-        KIND=kind, COMPUTE=compute_dtype(param_dtype), BLOCK=tile, **options(torch.float32),
+        KIND=kind, COMPUTE=tuning.compute_type(param_dtype), BLOCK=tile, **tuning.options(torch.float32),
     )  # fmt: skip
     return norms

@@ -1,0 +1,294 @@
+"""A step by ATen's kernels on the flat buffers of one device; counts, norms and LR on the host."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from itertools import accumulate
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from legw_kernels import formulas
+
+from .. import capture
+from ..buffers.bucket import MASTER, Bucket, compute_dtype
+from ..spec import Gradients, Group, Rule, group_lr
+from .aten_math import Flat, Tensors, norms
+from .base import Control
+
+_BATCH = 1 << 21  # elements: what is made of them on the way should stay in a cache, in few calls
+
+
+@dataclass
+class Batch:
+    """Segments of one bucket, group and count that ATen updates together, and the lists of their tensors.
+
+    count: their earlier updates. rows: their places in the bucket's tables. first_column: the bucket's first place in
+    those of the device. converts: whether any gradient is of another dtype than the arithmetic.
+    """
+
+    bucket: Bucket
+    group: int
+    count: int
+    chosen: list[int]
+    first_column: int
+    converts: bool = False
+    _looks: object = None
+    _states: dict[tuple[str, bool], list[Tensor]] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        first, after = self.chosen[0], self.chosen[-1] + 1
+        self.adjacent = after - first == len(self.chosen)
+        self.rows = slice(first, after) if self.adjacent else self.chosen
+        self.params = [self.bucket.segments[i].param for i in self.chosen]
+        tile, segments = self.bucket.tile, [self.bucket.segments[i] for i in self.chosen]
+        self._starts = [segment.first_tile * tile for segment in segments]
+        self.elements = sum(map(self.bucket.padded, segments))
+        self.joined = self._joined()
+        self.scratch: list[Flat] = []  # room for copies of the gradients and for updates, where the rule needs that
+
+    def _joined(self) -> Flat | None:
+        """The weights that are updated, masters if there are any, if they follow one another in a buffer of ours."""
+        weights, buffer = self.params, self.bucket.weights
+        if MASTER in self.bucket.state:
+            weights, buffer = self.state(MASTER), self.bucket.state[MASTER]
+        if buffer is None or not self.adjacent or buffer.dtype != compute_dtype(buffer.dtype):
+            return None
+        places = [(w.data_ptr() - buffer.data_ptr()) // buffer.element_size() for w in weights]
+        if any(place - places[0] != start - self._starts[0] for place, start in zip(places, self._starts, strict=True)):
+            return None
+        if not 0 <= places[0] <= buffer.numel() - self.elements:
+            return None
+        return Flat(buffer[places[0] :][: self.elements], weights, self.bucket.tile)
+
+    def state(self, name: str, *, whole: bool = False) -> list[Tensor]:
+        """The segments' state; whole: as one tensor."""
+        if (name, whole) not in self._states:
+            every = [self.bucket.segments[i].state[name] for i in self.chosen]
+            if whole:
+                every = [self.bucket.state[name][self._starts[0] :][: self.elements]]
+            self._states[name, whole] = every
+        return self._states[name, whole]
+
+    def gradients(self, some: Gradients, looks: object) -> list[Tensor]:
+        """These segments' own, of the bucket's. looks: see `Layout`."""
+        own: list[Any] = list(some[self.rows] if isinstance(self.rows, slice) else map(some.__getitem__, self.rows))
+        if looks is not self._looks:
+            self.converts, self._looks = any(g.dtype != compute_dtype(self.bucket.dtype) for g in own), looks
+        return own
+
+    def put(self, row: list[float], values: list[float]) -> None:
+        """Write values of these segments into a row of the device's table."""
+        for i, value in zip(self.chosen, values, strict=True):
+            row[self.first_column + i] = value
+
+
+def batches(bucket: Bucket, first_column: int, counts: Sequence[int | None], most: float) -> list[Batch]:
+    """The segments of a bucket by group and count; those without one are left out.
+
+    most: elements in a batch, but for larger tensors, which get one each.
+    """
+    lists: dict[tuple[int, int], list[list[int]]] = {}
+    room: dict[tuple[int, int], float] = {}
+    for i, (segment, count) in enumerate(zip(bucket.segments, counts, strict=True)):
+        if count is not None:
+            key, size = (segment.group, count), bucket.padded(segment)
+            if room.get(key, -1) < size:
+                lists.setdefault(key, []).append([])
+                room[key] = max(most, size)
+            lists[key][-1].append(i)
+            room[key] -= size
+    return [Batch(bucket, *key, chosen, first_column) for key, of_key in lists.items() for chosen in of_key]
+
+
+def _counts_of(made: Sequence[Batch], n: int) -> list[int | None]:
+    """The counts of n segments, of which some are in these batches."""
+    counts: list[int | None] = [None] * n
+    for batch in made:
+        for i in batch.chosen:
+            counts[i] = batch.count
+    return counts
+
+
+class AtenBackend:
+    """ATen's fused kernels over lists of the same tensors; counts, norms and LR on the host."""
+
+    name = "aten"
+    captured = False
+
+    def __init__(
+        self,
+        rule: Rule,
+        buckets: Sequence[Bucket],
+        groups: Sequence[Group],
+        steps_applied: int,
+        *,
+        carry_norms: bool = False,
+    ) -> None:
+        self.device = buckets[0].device
+        self._rule, self.buckets = rule, buckets
+        self.counts = torch.tensor([steps_applied, 0], dtype=torch.int64, device="cpu")
+        self._counts = self.counts.numpy()  # the same memory, in a tenth of the time
+        self._first_columns = list(accumulate((len(bucket.segments) for bucket in buckets), initial=0))
+        self._norms: dict[str, list[float]] = {}  # of each tensor, by kind, once any were taken
+        self._scratch: dict[torch.dtype, tuple[Tensor, ...]] = {}
+        self._measures_later = False
+        self.nonfinite = torch.zeros(1, device="cpu")
+        self._norm = 0.0
+        # By bucket: batches, what they were made for, and the looks of gradients that they are known to fit.
+        self._batches: list[tuple[list[Batch], object, object]] = [([], (), None) for _ in buckets]
+        self._looks: object = None
+
+    def begin(
+        self,
+        groups: Sequence[Group],
+        gradients: Sequence[Gradients],
+        control: Control,
+        others: int,
+        looks: object,
+    ) -> None:
+        """Take the gradients of one step: one list per bucket.
+
+        others: how many other devices take part. looks: stands for what the gradients look like; see `Layout`.
+        """
+        if capture.capturing(self.device):
+            raise RuntimeError(
+                "backend='aten' cannot be captured: its LR and counts are on the host; use backend='triton'"
+            )
+        self._gradients, self._looks = gradients, looks
+        if not self._norms and (control.global_norm or self._rule.adapts):
+            self._norms = {kind: [0.0] * self._first_columns[-1] for kind in ("gradient", "weight", "ratio")}
+
+    def write_groups(self, groups: Sequence[Group]) -> None:
+        """Nothing: every step reads the groups."""
+
+    def measure(self, control: Control, *, updates: bool, gradients: bool, clips: bool) -> None:
+        """Norms of the gradients; those of weights and updates are taken as the tensors are updated."""
+        if not gradients:
+            return
+        # Where nothing can skip the step, the update takes them, batch by batch.
+        self._measures_later = not control.global_norm and control.found_inf is None
+        if self._measures_later:
+            self._norms["gradient"] = [0.0] * self._first_columns[-1]
+            return
+        every = [g for some in self._gradients for g in some]
+        found, scale = iter(norms([g for g in every if g is not None])), control.inverse_scale
+        taken = [0.0 if g is None else next(found) * scale for g in every]
+        self._norms["gradient"], self._norm = taken, math.hypot(*taken)
+
+    def global_norm(self) -> Tensor:
+        return torch.tensor(self._norm, dtype=torch.float64, device="cpu")
+
+    def weights_changed(self) -> None:
+        """Nothing: every step takes the norms of the weights."""
+
+    def norms(self, kind: str) -> list[Tensor] | None:
+        """One kind of norm of each tensor, bucket by bucket; None before any were taken."""
+        return list(torch.tensor(self._norms[kind], dtype=torch.float64).unbind()) if self._norms else None
+
+    def take_norms(self, others: Sequence[Tensor]) -> None:
+        self._norm = math.hypot(self._norm, *map(float, others))
+
+    def update(self, groups: Sequence[Group], control: Control, *, clipped: bool, advance: bool) -> None:
+        """The update. clipped: of no matter here, see the other backend. advance: whether this step counts."""
+        apply = control.found_inf is None or float(control.found_inf) == 0
+        if control.global_norm:
+            self.nonfinite.fill_(float(not math.isfinite(self._norm)))
+            apply = apply and not (control.skips and self.nonfinite)
+        try:
+            if apply:
+                self._update_all(groups, control)
+        finally:
+            self._gradients = ()  # zero_grad is to free them
+        self._counts[0 if apply else 1] += advance
+
+    def _update_all(self, groups: Sequence[Group], control: Control) -> None:
+        t, inverse = int(self._counts[0]), control.inverse_scale
+        if self._rule.adapts:
+            self._norms["weight"] = [0.0] * self._first_columns[-1]
+        lrs = [group_lr(group, t) for group in groups]
+        clips = [1.0] * len(groups)
+        if control.clips:
+            clips = [formulas.clip_factor(self._norm, *self._rule.clip(group)) for group in groups]
+        # Where nothing is made of the tensors on the way, one call is best.
+        sums = any(map(self._rule.measures_clipped, groups))
+        whole = not (sums or control.clips or control.grad_scale is not None)
+        for index, (bucket, some) in enumerate(zip(self.buckets, self._gradients, strict=True)):
+            most = math.inf if whole and bucket.dtype == compute_dtype(bucket.dtype) else _BATCH
+            for batch in self._batches_of(index, bucket, some, most):
+                i = batch.group
+                self._update(batch, some, lrs[i], groups[i], inverse, clips[i])
+
+    def _batches_of(self, index: int, bucket: Bucket, some: Gradients, most: float) -> list[Batch]:
+        """Those of the last update, if they fit."""
+        made, made_for, looks = self._batches[index]
+        key = most, bucket.addresses
+        if looks is self._looks and made_for == key and bucket.steps_are_ours():
+            return made
+        counts = [None if g is None else count for g, count in zip(some, bucket.exact_steps(), strict=True)]
+        if made_for != key or counts != _counts_of(made, len(counts)):
+            made = batches(bucket, self._first_columns[index], counts, most)
+            if self._rule.two_stage:
+                self._give_scratch(bucket, made)
+        self._batches[index] = made, key, self._looks
+        return made
+
+    def _update(self, batch: Batch, some: Gradients, lr: float, group: Group, inverse: float, clip: float) -> None:
+        bucket, compute = batch.bucket, compute_dtype(batch.bucket.dtype)
+        used = self._rule.used_states(group)
+        whole = self._rule.two_stage and batch.adjacent
+        states = [batch.state(name, whole=whole) if name in used else [] for name in self._rule.states]
+        weights = batch.params
+        if bucket.dtype != compute:
+            weights = [self._synced_master(bucket, i) for i in batch.chosen]
+        gradients = batch.gradients(some, self._looks)
+        if batch.converts and not self._rule.two_stage:
+            gradients = [g if g.dtype == compute else g.to(compute) for g in gradients]
+        tensors = Tensors(weights, gradients, states, batch.joined, whole=whole)
+        if batch.scratch:
+            tensors.gathered, tensors.scratch = batch.scratch
+            torch._foreach_copy_(tensors.gathered.views, gradients)
+            tensors.gathered.clear_padding()
+        if self._rule.adapts:
+            self._take_norms(batch, tensors, inverse, clip)
+        self._rule.aten(tensors, lr, batch.count, inverse * clip, group)
+        if self._rule.adapts:
+            batch.put(self._norms["ratio"], tensors.ratios)
+        if bucket.dtype != compute:
+            torch._foreach_copy_(batch.params, weights)
+        if used:
+            batch.count += 1
+            bucket.count(batch.rows, batch.count)
+
+    def _take_norms(self, batch: Batch, tensors: Tensors, inverse: float, clip: float) -> None:
+        """Give the tensors their norms, of the gradients unless they are known."""
+        if self._measures_later:
+            found = norms(tensors.grads) if tensors.gathered is None else tensors.gathered.norms()
+            batch.put(self._norms["gradient"], [x * inverse for x in found])
+        tensors.g_norms = [self._norms["gradient"][batch.first_column + i] * clip for i in batch.chosen]
+        tensors.w_norms = norms(tensors.params) if tensors.joined is None else tensors.joined.norms()
+        batch.put(self._norms["weight"], tensors.w_norms)
+
+    @torch.inference_mode(False)
+    def _give_scratch(self, bucket: Bucket, made: list[Batch]) -> None:
+        """Memory for copies of gradients and for updates, which all batches of a dtype use in turn.
+
+        It stays: to be given fresh pages at every step would cost several times what is done with them.
+        """
+        dtype, size = compute_dtype(bucket.dtype), max((batch.elements for batch in made), default=0)
+        held = self._scratch.get(dtype, ())
+        if not held or held[0].numel() < size:
+            held = self._scratch[dtype] = tuple(torch.empty(size, dtype=dtype, device=self.device) for _ in range(2))
+        for batch in made:
+            batch.scratch = [Flat.like(batch.params, buffer, bucket.tile) for buffer in held]
+
+    @staticmethod
+    def _synced_master(bucket: Bucket, i: int) -> Tensor:
+        """The segment's master; where the weight is not its rounding, it was changed from outside, and it counts."""
+        p, master = bucket.segments[i].param, bucket.segments[i].state.get(MASTER)
+        if master is None:
+            return p.float()
+        return torch.where(master.to(p.dtype) == p, master, p, out=master)

@@ -1,0 +1,119 @@
+"""What ATen's steps are made of: joined tensors, and norms."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from itertools import accumulate
+
+import torch
+from torch import Tensor
+
+_ROW, _SMALL = 256, 4096  # of a small tensor `norms` takes the elements, of others the norms of rows
+
+
+@dataclass
+class Flat:
+    """Tensors that follow one another in one tensor, each padded to whole tiles.
+
+    ATen starts its threads once for each large tensor that it is given, and its fused kernels for small ones too, which
+    costs as much as some 100,000 elements; so what can be done with all of them is done with `whole`.
+    """
+
+    whole: Tensor
+    views: list[Tensor]
+    tile: int
+
+    def __post_init__(self) -> None:
+        ends = list(accumulate(-(-x.numel() // self.tile) * self.tile for x in self.views))
+        self._starts = [0, *ends[:-1]]
+        every = zip(self.views, self._starts, ends, strict=True)
+        self._pads = [self.whole[start + x.numel() : end] for x, start, end in every if start + x.numel() < end]
+
+    @classmethod
+    def like(cls, tensors: Sequence[Tensor], buffer: Tensor, tile: int) -> Flat:
+        """Room for tensors of these shapes and strides at the start of a buffer."""
+        ends = [0, *accumulate(-(-x.numel() // tile) * tile for x in tensors)]
+        views = [buffer.as_strided(x.shape, x.stride(), at) for x, at in zip(tensors, ends, strict=False)]
+        return cls(buffer[: ends[-1]], views, tile)
+
+    def parts(self, whole: bool) -> list[Tensor]:
+        return [self.whole] if whole else self.views
+
+    def clear_padding(self) -> None:
+        if self._pads:
+            torch._foreach_zero_(self._pads)
+
+    def norms(self) -> list[float]:
+        """`norms` of the views, to the bit; whatever the padding holds."""
+        if self.tile % _ROW or not len(self.whole):
+            return norms(self.views)
+        rows = torch.linalg.vector_norm(self.whole.view(-1, _ROW), dim=1)
+        return norms(self.views, [rows[start // _ROW :] for start in self._starts])
+
+
+@dataclass
+class Tensors:
+    """The tensors of one group, dtype and count that ATen updates: lists, an entry per parameter.
+
+    states: a list for each of the rule's states; empty where the group does not use it. joined: the parameters, if they
+    follow one another. Where the rule is two-stage, gathered: a copy of the gradients; scratch: as much memory again;
+    whole: whether the states follow one another like these, then the lists of states hold that one tensor. Where the
+    rule adapts, g_norms: norms of the gradients as they are to be used; w_norms: of the weights; ratios: to be filled.
+    """
+
+    params: list[Tensor]
+    grads: list[Tensor]
+    states: list[list[Tensor]]
+    joined: Flat | None = None
+    gathered: Flat | None = None
+    scratch: Flat | None = None
+    whole: bool = False
+    g_norms: list[float] = field(default_factory=list)
+    w_norms: list[float] = field(default_factory=list)
+    ratios: list[float] = field(default_factory=list)
+
+
+def scaled(grads: list[Tensor], factor: float) -> list[Tensor]:
+    """The gradients times a factor, in new memory; themselves where it is 1."""
+    return grads if factor == 1 else list(torch._foreach_mul(grads, factor))
+
+
+def norms(tensors: Sequence[Tensor], of_rows: Sequence[Tensor] = ()) -> list[float]:
+    """The L2 norm of each dense tensor, to 1e-7; it does not overflow where the values are finite.
+
+    Summed in float64, which is slow, and so of large tensors over short rows, whose norms are taken in their own dtype.
+    of_rows: for each tensor those of its rows, and maybe more, where they are known.
+    """
+    parts, lengths = [], []
+    for i, x in enumerate(tensors):
+        if x.dtype in (torch.float16, torch.bfloat16):
+            x = x.float()
+        rows, left = 0, x.numel()
+        if left >= _SMALL:
+            rows, left = divmod(left, _ROW)
+            if of_rows:
+                parts.append(of_rows[i][:rows])
+            else:
+                parts.append(torch.linalg.vector_norm(x.as_strided((rows, _ROW), (_ROW, 1)), dim=1))
+        if left:
+            parts.append(x.as_strided((left,), (1,), x.storage_offset() + rows * _ROW))
+        lengths.append(rows + left)
+    if not parts:
+        return [0.0] * len(tensors)
+    squares = torch.cat(parts).to("cpu", torch.float64).square_()
+    sums = torch.segment_reduce(squares, "sum", lengths=torch.tensor(lengths, device="cpu"), unsafe=True)
+    plain: list[float] = sums.sqrt_().tolist()
+    return [y if 1e-12 < y < 1e18 else norm(x) for x, y in zip(tensors, plain, strict=True)]
+
+
+def norm(x: Tensor) -> float:
+    """L2 norm in float64, which does not overflow where the values are finite."""
+    plain = float(torch.linalg.vector_norm(x, dtype=torch.float64))
+    if 1e-140 < plain < 1e150 or x.numel() == 0:
+        return plain
+    largest = float(x.abs().max())
+    if not 0 < largest < math.inf:
+        return largest
+    return float(torch.linalg.vector_norm(x.double() / largest)) * largest

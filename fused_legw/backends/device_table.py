@@ -1,0 +1,80 @@
+"""Small tables that the host writes and kernels read: uploaded only when changed, and safe under graph capture."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from .. import capture
+
+
+class _Staging:
+    """A pinned host buffer that is not rewritten while its asynchronous copy is still under way."""
+
+    def __init__(self, numel: int, dtype: torch.dtype, device: torch.device) -> None:
+        self._buffer = torch.empty(numel, dtype=dtype, device="cpu", pin_memory=device.type == "cuda")
+        self._copied = torch.cuda.Event() if device.type == "cuda" else None
+
+    def copy(self, values: Sequence[float], to: Tensor, *, captured: bool = False) -> None:
+        if self._copied is not None and not captured:
+            self._copied.synchronize()
+        self._buffer.copy_(torch.tensor(values, dtype=self._buffer.dtype, device="cpu"))
+        to.copy_(self._buffer, non_blocking=True)
+        if self._copied is not None and not captured:
+            self._copied.record(torch.cuda.current_stream(to.device))
+
+
+class Table:
+    """A table of fixed size on one device.
+
+    shared=False: a graph capture gets a device table and a pinned source of its own, made at an earlier eager write and
+    never written again, because replays repeat the captured upload. shared=True: eager steps and replays read the
+    same table, so a capture may not upload; its values must have been written by an eager step before.
+    """
+
+    prepares_captures = torch.cuda.is_available()
+
+    def __init__(self, numel: int, dtype: torch.dtype, device: torch.device, *, shared: bool = False) -> None:
+        self._key = numel, dtype, device
+        self._device_table = torch.zeros(numel, dtype=dtype, device=device)
+        self._staging = [_Staging(*self._key), _Staging(*self._key)]
+        self._values: Sequence[float] | None = None
+        self._shared = shared
+        self._spare: tuple[Tensor, _Staging] | None = None
+        self._captured: list[tuple[Tensor, _Staging]] = []  # alive as long as a graph may replay them
+
+    @property
+    def captured(self) -> bool:
+        """Whether a graph may still replay an upload of this table."""
+        return bool(self._captured)
+
+    def write(self, values: Sequence[float]) -> Tensor:
+        """The device table holding these values, for the kernels launched next on the current stream."""
+        device = self._key[2]
+        if capture.capturing(device):
+            return self._write_captured(values)
+        if self.prepares_captures and not self._shared and self._spare is None:
+            self._spare = torch.zeros_like(self._device_table), _Staging(*self._key)
+        if values != self._values:
+            self._staging.reverse()
+            self._staging[0].copy(values, self._device_table)
+            self._values = values
+        return self._device_table
+
+    def _write_captured(self, values: Sequence[float]) -> Tensor:
+        if self._shared:
+            if values != self._values:
+                raise RuntimeError(
+                    "a hyper-parameter in param_groups changed since the last eager step: run one eager step before "
+                    "the capture"
+                )
+            return self._device_table
+        if self._spare is None:
+            raise RuntimeError("optimizer.step() must run eagerly once before each graph capture of it")
+        table, staging = self._spare
+        self._spare = None
+        self._captured.append((table, staging))
+        staging.copy(values, table, captured=True)
+        return table

@@ -1,0 +1,1 @@
+"""Where tensors live: flat buffers of parameters and state, and the gradients of a step."""

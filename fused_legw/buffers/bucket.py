@@ -1,0 +1,227 @@
+"""Flat buffers: the parameters of one (device, dtype) and their state, each tensor a segment that starts on a tile.
+
+A segment's parameter lives in the bucket's weight buffer, or stays where it is: with flatten=False, and where something
+else holds its storage too (cuDNN's RNN weights, a user's tensor), which would be left with a stale copy.
+State and masters always live in flat buffers of ours. Kernels reach parameters and gradients by address, so both kinds
+are updated by the same launch.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..checks import DTYPES
+
+MASTER = "master_param"
+
+
+STEP = "step"
+
+
+_DTYPE_OF, _DEVICE_OF = operator.attrgetter("dtype"), operator.attrgetter("device")
+
+
+_USUAL_KINDS, _USUAL_DTYPES = {Tensor, type(None)}, set(DTYPES)
+
+
+MOST_CHUNKS = 4096
+
+
+@dataclass
+class Segment:
+    """One parameter's place in its bucket."""
+
+    param: Tensor
+    group: int  # index into param_groups
+    first_tile: int
+    first_chunk: int
+    chunk_tiles: int  # tiles of a chunk
+    place: tuple[object, ...] = ()  # where the parameter was when adopted: see `place_of`
+    state: dict[str, Tensor] = field(default_factory=dict)  # live views with the parameter's shape and strides
+    shown: set[str] = field(default_factory=set)  # names of those that optimizer.state holds
+    asked: bool = False  # whether someone made a step at LR 0 in order to have it
+
+    @property
+    def moved(self) -> bool:
+        """Whether the parameter's memory is no longer what was adopted: `model.to`, `p.data = ...`."""
+        return place_of(self.param) != self.place
+
+
+def place_of(p: Tensor) -> tuple[object, ...]:
+    return p.data_ptr(), p.dtype, p.device, p.shape, p.stride()
+
+
+def compute_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype of arithmetic, state and masters for parameters of `dtype`."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def chunk_tiles(tiles: int, dtype: torch.dtype) -> int:
+    """How many tiles of a tensor share one partial norm, and the scalars of one update.
+
+    A matter of the tensor alone, so that its norm has the same bits beside any others. At least 4: fewer partials to
+    add up. At most 4,096 partials a tensor, which every program that updates it adds up. In float64 a single tile: its
+    norm is stored as it is, where the squares of several could overflow.
+    """
+    if dtype == torch.float64:
+        return 1
+    size = 4
+    while size * MOST_CHUNKS < tiles:
+        size *= 2
+    return size
+
+
+def may_move(p: Tensor) -> bool:
+    """Whether the parameter has its storage to itself: no other view, tensor, process or library refers to it.
+
+    Any other holder would be left with a stale copy, so where in doubt the parameter stays where it is.
+    """
+    storage = p.untyped_storage()
+    return (
+        storage.nbytes() == p.numel() * p.element_size()
+        and torch._C._storage_Use_Count(storage._cdata) <= 2  # by the parameter, and by `storage` here
+        and storage.resizable()  # memory that torch did not allocate, such as NumPy's, is not
+        and not (p.device.type == "cpu" and storage.is_shared())
+    )
+
+
+class Bucket:
+    """The parameters of one (device, dtype).
+
+    segments: one per parameter, in param-group order. n_tiles: of them all. chunks: int32, the segment that each chunk
+    belongs to, a few tiles of one segment. steps: int64, each segment's counted updates; both on tables_device, as is
+    shown_steps, float32, the same for optimizer.state where it has a "step". weights: the flat buffer of the parameters
+    that may move, or None. state: flat buffers by name, in the compute dtype; float32 masters of low-precision
+    parameters are the one named "master_param".
+    """
+
+    def __init__(self, params: Sequence[tuple[Tensor, int]], tile: int, tables_device: torch.device) -> None:
+        first = params[0][0]
+        self.device, self.dtype, self.tile = first.device, first.dtype, tile
+        self.segments: list[Segment] = []
+        self.n_tiles = 0
+        owner: list[int] = []
+        for i, (p, group) in enumerate(params):
+            tiles = self._tiles_of(p)
+            size = chunk_tiles(tiles, self.dtype)
+            self.segments.append(Segment(p, group, self.n_tiles, len(owner), size))
+            owner += [i] * -(-tiles // size)
+            self.n_tiles += tiles
+        self.chunks = torch.tensor(owner, dtype=torch.int32, device="cpu").to(tables_device)
+        self.steps = torch.zeros(len(params), dtype=torch.int64, device=tables_device)
+        self.shown_steps: Tensor | None = None
+        self.params = [p for p, _ in params]
+        self.waiting = set(range(len(params)))  # segments whose state optimizer.state does not hold yet
+        self.weights: Tensor | None = None
+        self.state: dict[str, Tensor] = {}
+
+    def _tiles_of(self, p: Tensor) -> int:
+        return -(-p.numel() // self.tile)
+
+    def padded(self, segment: Segment) -> int:
+        """Elements that a segment takes in a flat buffer."""
+        return self._tiles_of(segment.param) * self.tile
+
+    @torch.inference_mode(False)
+    @torch.no_grad()
+    def add_state(self, name: str) -> None:
+        """A flat buffer for one kind of state, and each segment's view of it; zero, but for the masters."""
+        if name in self.state:
+            return
+        size = self.n_tiles * self.tile
+        self.state[name] = torch.zeros(size, dtype=compute_dtype(self.dtype), device=self.device)
+        for segment in self.segments:
+            p = segment.param
+            segment.state[name] = self.state[name].as_strided(p.shape, p.stride(), segment.first_tile * self.tile)
+            if name == MASTER:
+                segment.state[name].copy_(p)
+
+    def show_steps(self) -> None:
+        """A view for each segment of its counted updates, in torch's form: a float32 that stops at 2^24."""
+        self.shown_steps = torch.zeros(len(self.segments), dtype=torch.float32, device=self.steps.device)
+        for segment, view in zip(self.segments, self.shown_steps.unbind(), strict=True):
+            segment.state[STEP] = view
+
+    def set_steps(self, steps: Sequence[int]) -> None:
+        self.steps.copy_(torch.tensor(steps, dtype=torch.int64, device="cpu"))
+        if self.shown_steps is not None:
+            self.shown_steps.copy_(self.steps)
+
+    def count(self, rows: slice | list[int], steps: int) -> None:
+        """Write the counted updates of some segments."""
+        for column in (self.steps, self.shown_steps):
+            if column is not None:
+                column.numpy()[rows] = steps  # a tensor's own assignment takes ten times as long
+
+    def steps_are_ours(self) -> bool:
+        """Whether the user has written no number to a "step"."""
+        return self.shown_steps is None or torch.equal(self.steps.float(), self.shown_steps)
+
+    def exact_steps(self) -> list[int]:
+        """Each segment's counted updates; where the user wrote another number to its "step", that. Reads the device."""
+        if self.shown_steps is None:
+            return self.steps.tolist()
+        same = self.steps.float() == self.shown_steps
+        return torch.where(same, self.steps, self.shown_steps.long()).tolist()
+
+    def adopt(self, *, flatten: bool) -> None:
+        """Point the parameters that may move into one buffer (if flatten), and note where each one is.
+
+        Peak memory: the buffer beside the parameters, whose old storages are then let go one by one.
+        """
+        movable = [segment.param for segment in self.segments if flatten and may_move(segment.param)]
+        if movable:
+            size = sum(map(self._tiles_of, movable)) * self.tile
+            self.weights = torch.zeros(size, dtype=self.dtype, device=self.device)
+        offset = 0
+        for p in movable:
+            assert self.weights is not None
+            p.data = self.weights.as_strided(p.shape, p.stride(), offset).copy_(p)
+            offset += self._tiles_of(p) * self.tile
+        self.note_places()
+
+    def note_places(self) -> None:
+        """Remember where each parameter is now."""
+        for segment in self.segments:
+            segment.place = place_of(segment.param)
+        self.addresses = list(map(Tensor.data_ptr, self.params))
+        self._strides = list(map(Tensor.stride, self.params))
+        self._sizes = list(map(Tensor.numel, self.params))
+        self._contiguous = all(map(Tensor.is_contiguous, self.params))
+
+    # Every step asks what follows, so it is done in a few passes at the speed of C, a Python call for none of the
+    # tensors. A parameter given another shape at the same address is seen by the gradient that then comes with it.
+
+    @property
+    def moved(self) -> bool:
+        """Whether a parameter's memory is no longer where it was."""
+        return list(map(Tensor.data_ptr, self.params)) != self.addresses
+
+    def usual(self, gradients: list[Tensor | None]) -> bool:
+        """Whether every gradient there is can be read as it is, in the order of its parameter's elements."""
+        kinds = set(map(type, gradients))
+        if not kinds <= _USUAL_KINDS:
+            return False
+        seen: list[Any] = gradients
+        if type(None) in kinds:
+            seen = [p if g is None else g for p, g in zip(self.params, gradients, strict=True)]
+        try:
+            in_order = (
+                all(map(Tensor.is_contiguous, seen))
+                if self._contiguous
+                else list(map(Tensor.stride, seen)) == self._strides
+            )
+        except RuntimeError:  # sparse tensors have no strides
+            return False
+        return (
+            in_order
+            and list(map(Tensor.numel, seen)) == self._sizes
+            and set(map(_DTYPE_OF, seen)) <= _USUAL_DTYPES
+            and set(map(_DEVICE_OF, seen)) <= {self.device}
+        )

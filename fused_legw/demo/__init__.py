@@ -1,0 +1,1 @@
+"""The demo: an LSTM on handwritten digits at several batch sizes."""

@@ -1,0 +1,173 @@
+"""Adam and AdamW, fused with their LEGW schedule."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from legw_kernels.formulas import AdamHyper
+
+from ..backends.aten_math import Tensors, scaled
+from ..checks import check_flag, check_pair, check_scalar
+from ..schedules.base import Schedule
+from ..spec import Group, Rule, hyper_floats, hyper_log, hyper_value
+from .base import FusedOptimizer
+
+
+class AdamRule(Rule):
+    """Adam's states and counts, and what its options mean."""
+
+    name = "adam"
+    states: tuple[str, ...] = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq")
+    counts = True
+
+    def check(self, group: Group) -> None:
+        super().check(group)
+        check_scalar("eps", group["eps"], "epsilon value")
+        for i, beta in enumerate(check_pair("betas", group["betas"])):
+            check_scalar(f"betas[{i}]", beta, f"beta parameter at index {i}", below=1.0)
+        check_flag("amsgrad", group["amsgrad"])
+        check_flag("decoupled_weight_decay", group["decoupled_weight_decay"])
+
+    def check_made(self, group: Group) -> None:
+        super().check_made(group)
+        betas = group["betas"]
+        if not (all(isinstance(b, float) for b in betas) or all(isinstance(b, Tensor) for b in betas)):
+            raise ValueError("betas must be either both floats or both Tensors")
+        if group.get("foreach") and not group.get("capturable"):
+            for name, value in (("lr", group["lr"]), ("betas[0]", betas[0])):
+                if isinstance(value, Tensor):
+                    raise ValueError(f"{name} as a Tensor is not supported for capturable=False and foreach=True")
+
+    def complete(self, group: Group) -> None:
+        group["betas"] = tuple(group["betas"])
+
+    def used_states(self, group: Group) -> tuple[str, ...]:
+        return self.states if group.get("amsgrad") else self.states[:2]
+
+    def hyper(self, group: Group) -> Any:
+        return AdamHyper(
+            weight_decay=hyper_value(group["weight_decay"]),
+            beta1=hyper_value(group["betas"][0]),
+            beta2=hyper_value(group["betas"][1]),
+            log_beta1=hyper_log(group["betas"][0]),
+            log_beta2=hyper_log(group["betas"][1]),
+            eps=hyper_value(group["eps"]),
+            amsgrad=float(group.get("amsgrad", False)),
+            decoupled=float(group["decoupled_weight_decay"]),
+            sign=-1.0 if group["maximize"] else 1.0,
+        )
+
+    def aten(self, tensors: Tensors, lr: float, count: int, scale: float, group: Group) -> None:
+        h = hyper_floats(self.hyper(group))
+        fused_adam(tensors.params, scaled(tensors.grads, scale), tensors.states, h, lr, count + 1.0, h.weight_decay)
+
+
+def fused_adam(
+    params: list[Tensor], grads: list[Tensor], states: list[list[Tensor]],
+    h: AdamHyper, lr: float, n: float, decay: float,
+) -> None:  # fmt: skip
+    """ATen's n-th update; without bias correction if n is infinite. decay: instead of h's."""
+    step = torch._fused_adamw_ if h.decoupled else torch._fused_adam_
+    step(
+        params,
+        grads,
+        states[0],
+        states[1],
+        states[2] if h.amsgrad else [],
+        [torch.full((), n, device=params[0].device)] * len(params),  # ATen only reads it
+        lr=lr,
+        beta1=h.beta1,
+        beta2=h.beta2,
+        weight_decay=decay,
+        eps=h.eps,
+        amsgrad=bool(h.amsgrad),
+        maximize=h.sign < 0,
+    )
+
+
+class Adam(FusedOptimizer):
+    """Drop-in for `torch.optim.Adam`: the same arguments, defaults and results, and `lr` may be a `LEGW` schedule.
+
+    For a parameter w with gradient g at its n-th update: m = beta1 * m + (1 - beta1) * g; v = beta2 * v +
+    (1 - beta2) * g^2; w -= lr / (1 - beta1^n) * m / (sqrt(v / (1 - beta2^n)) + eps), as torch has it (Kingma and Ba
+    2015, Algorithm 1). n counts the updates of that parameter.
+
+    Args:
+        params: parameters, named parameters, or param groups, each of which may set any of the options below.
+        lr: a number, a 1-element tensor (driven by torch's LR schedulers as usual), or a schedule: `LEGW` or
+            `AutoWU`.
+        betas, eps, weight_decay, amsgrad, maximize, decoupled_weight_decay: as in torch.optim.Adam.
+        max_grad_norm, skip_nonfinite, backend, flatten, master_weights, tile: as in every `FusedOptimizer`.
+        foreach, fused, capturable: accepted and ignored, but not both of the first. differentiable: must be False.
+
+    Raises:
+        ValueError, TypeError: naming the argument or parameter and its value, before anything has changed.
+
+    >>> import torch
+    >>> from fused_legw import Adam
+    >>> w = torch.ones(3, requires_grad=True)
+    >>> w.grad = torch.ones(3)
+    >>> optimizer = Adam([w], lr=0.25)
+    >>> optimizer.step()
+    >>> [round(x, 4) for x in w.tolist()], optimizer.state[w]["step"]
+    ([0.75, 0.75, 0.75], tensor(1.))
+    """
+
+    _rule = AdamRule()
+
+    def __init__(
+        self,
+        params: Iterable[Any],
+        lr: float | Tensor | Schedule = 1e-3,
+        betas: tuple[float | Tensor, float | Tensor] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 0,
+        amsgrad: bool = False,
+        *,
+        foreach: bool | None = None,
+        maximize: bool = False,
+        capturable: bool = False,
+        differentiable: bool = False,
+        fused: bool | None = None,
+        decoupled_weight_decay: bool = False,
+        max_grad_norm: float | None = None,
+        **common: Any,
+    ) -> None:
+        defaults = dict(
+            lr=lr,
+            betas=betas,
+            eps=eps,
+            weight_decay=weight_decay,
+            amsgrad=amsgrad,
+            foreach=foreach,
+            maximize=maximize,
+            capturable=capturable,
+            differentiable=differentiable,
+            fused=fused,
+            decoupled_weight_decay=decoupled_weight_decay,
+            max_grad_norm=max_grad_norm,
+        )
+        super().__init__(params, defaults, **common)
+
+
+class AdamW(Adam):
+    """Drop-in for `torch.optim.AdamW`: `Adam` with w *= 1 - lr * weight_decay before the update, and not in g.
+
+    Arguments as in `Adam`, with torch.optim.AdamW's default weight_decay (Loshchilov and Hutter 2019).
+    """
+
+    def __init__(
+        self,
+        params: Iterable[Any],
+        lr: float | Tensor | Schedule = 1e-3,
+        betas: tuple[float | Tensor, float | Tensor] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 1e-2,
+        amsgrad: bool = False,
+        **options: Any,
+    ) -> None:
+        super().__init__(params, lr, betas, eps, weight_decay, amsgrad, **{"decoupled_weight_decay": True, **options})

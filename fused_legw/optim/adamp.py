@@ -1,0 +1,152 @@
+"""AdamP (Heo et al. 2021), fused with its LEGW schedule."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from legw_kernels.formulas import AdamHyper, one_minus_power
+
+from ..backends.aten_math import Tensors, scaled
+from ..checks import check_flag, check_number
+from ..schedules.base import Schedule
+from ..spec import Group, hyper_floats, hyper_value
+from .adam import AdamRule
+from .base import FusedOptimizer
+
+
+class AdamPRule(AdamRule):
+    """Adam's, with a projection of the update."""
+
+    name = "adamp"
+    states = ("exp_avg", "exp_avg_sq")
+    projects = True
+
+    def check(self, group: Group) -> None:
+        super().check(self._as_adams(group))
+        check_flag("nesterov", group["nesterov"])
+        check_number("delta", group["delta"])
+        check_number("wd_ratio", group["wd_ratio"])
+
+    @staticmethod
+    def _as_adams(group: Group) -> Group:
+        """The group with what AdamP has no option for. Either may stand in a dict of Adam's, and means nothing here."""
+        return {**group, "amsgrad": False, "decoupled_weight_decay": True}
+
+    def used_states(self, group: Group) -> tuple[str, ...]:
+        return self.states
+
+    def measures_clipped(self, group: Group) -> bool:
+        return True  # the update that is projected is of clipped gradients
+
+    def hyper(self, group: Group) -> Any:
+        own = dict(
+            nesterov=float(group["nesterov"]),
+            delta=hyper_value(group["delta"]),
+            wd_ratio=hyper_value(group["wd_ratio"]),
+        )
+        return super().hyper(self._as_adams(group))._replace(**own)
+
+    def aten(self, tensors: Tensors, lr: float, count: int, scale: float, group: Group) -> None:
+        h = hyper_floats(self.hyper(group))
+        correction1, correction2 = (one_minus_power(x, count + 1.0) for x in (h.log_beta1, h.log_beta2))
+        grads, (m, v) = scaled(tensors.grads, scale * h.sign), tensors.states
+        torch._foreach_mul_(m, h.beta1)
+        torch._foreach_add_(m, grads, alpha=1 - h.beta1)
+        torch._foreach_mul_(v, h.beta2)
+        torch._foreach_addcmul_(v, grads, grads, value=1 - h.beta2)
+        below = torch._foreach_sqrt(v)
+        torch._foreach_div_(below, math.sqrt(correction2))
+        torch._foreach_add_(below, h.eps)
+        updates = torch._foreach_mul(m, h.beta1 if h.nesterov else 1.0)
+        if h.nesterov:
+            torch._foreach_add_(updates, grads, alpha=1 - h.beta1)
+        torch._foreach_div_(updates, below)
+        for p, g, u in zip(tensors.params, grads, updates, strict=True):
+            decay = h.weight_decay * _project(p, g, u, h)
+            if decay:
+                p.mul_(1 - lr * decay)
+            p.add_(u, alpha=-lr / correction1)
+
+
+def _project(p: Tensor, g: Tensor, u: Tensor, h: AdamHyper) -> float:
+    """Take the weight's direction out of the update, where the gradient is tangent to it; the factor of the decay."""
+    if p.ndim < 2 or p.numel() == 0:
+        return 1.0
+    w, g, rows = (x.as_strided((len(p), p.numel() // len(p)), (p.numel() // len(p), 1)) for x in (p, g, u))
+    sums = torch.stack([(x * y).sum(1, dtype=torch.float64) for x, y in ((g, w), (g, g), (w, w), (w, rows))])
+    for gw, gg, ww, wu in (sums, sums.sum(1, keepdim=True)):
+        cosines = gw.abs() / (gg.sqrt().clamp(min=h.eps) * ww.sqrt().clamp(min=h.eps))
+        if (cosines < h.delta / math.sqrt(p.numel() // len(gw))).all():
+            rows.addcmul_(w, (wu / (ww.sqrt() + h.eps).square()).to(w.dtype)[:, None], value=-1)
+            return h.wd_ratio
+    return 1.0
+
+
+class AdamP(FusedOptimizer):
+    """AdamP: Adam whose update is projected off the weight where the weight looks scale-invariant.
+
+    With Adam's bias-corrected moments m' and v' of a tensor, which count its own updates: u = m' / (sqrt(v') + eps).
+    A tensor of more than one dimension is seen by rows, a row w_i for each index of its first dimension, and then as
+    one row. Where in such a view |cos(g_i, w_i)| < delta / sqrt(length of a row) for every row, the gradient is taken
+    for tangent: u_i -= n_i * <n_i, u_i> with n_i = w_i / (|w_i| + eps), and weight decay is multiplied by wd_ratio;
+    the first view that is so counts. Then w *= 1 - lr * weight_decay and w -= lr * u (Heo et al. 2021, arXiv
+    2006.08217, Algorithm 2 and equation 12; details as in the authors' package `adamp`). The cosine is that of the
+    clipped gradient, its norms at least eps.
+
+    Args:
+        params: parameters, named parameters, or param groups, each of which may set any of the options below. Of
+            those of more than one dimension, the slices along the first must be contiguous, as in channels_last.
+        lr: a number, a 1-element tensor, or a schedule: `LEGW` or `AutoWU`.
+        betas, eps, maximize: as in torch.optim.Adam.
+        weight_decay: decoupled, as in torch.optim.AdamW.
+        delta: what the cosine is compared with; 0 for no projection.
+        wd_ratio: what weight decay of a projected tensor is multiplied by.
+        nesterov: u of beta1 * m' + (1 - beta1) * g / (1 - beta1^n) instead of m'.
+        max_grad_norm, skip_nonfinite, backend, flatten, master_weights, tile: as in every `FusedOptimizer`.
+
+    Raises:
+        ValueError, TypeError: naming the argument or parameter and its value, before anything has changed.
+
+    >>> import torch
+    >>> from fused_legw import AdamP
+    >>> w = torch.tensor([[3.0, 4.0]], requires_grad=True)
+    >>> w.grad = torch.tensor([[4.0, -3.0]])  # at right angles to w
+    >>> AdamP([w], lr=0.1).step()
+    >>> [round(x, 3) for x in w[0].tolist()]  # Adam's update is (1, -1); what is left of it is at right angles to w too
+    [2.888, 4.084]
+    """
+
+    _rule = AdamPRule()
+
+    def __init__(
+        self,
+        params: Iterable[Any],
+        lr: float | Tensor | Schedule = 1e-3,
+        betas: tuple[float | Tensor, float | Tensor] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 0,
+        delta: float = 0.1,
+        wd_ratio: float = 0.1,
+        nesterov: bool = False,
+        *,
+        maximize: bool = False,
+        max_grad_norm: float | None = None,
+        **common: Any,
+    ) -> None:
+        defaults = dict(
+            lr=lr,
+            betas=betas,
+            eps=eps,
+            weight_decay=weight_decay,
+            delta=delta,
+            wd_ratio=wd_ratio,
+            nesterov=nesterov,
+            maximize=maximize,
+            max_grad_norm=max_grad_norm,
+        )
+        super().__init__(params, defaults, **common)

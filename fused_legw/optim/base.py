@@ -1,0 +1,427 @@
+"""What every fused optimizer shares: torch.optim's contract over flat buffers, and the LEGW schedule."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import checks
+from ..backends.base import Control
+from ..backends.layout import Layout, named_params
+from ..checks import count
+from ..schedules.base import Schedule
+from ..spec import Group, Rule, group_lr
+from . import checkpoint
+from .options import Written, check_params, check_place, check_written_lr
+
+
+class FusedOptimizer(torch.optim.Optimizer):
+    """Base of the fused optimizers. A subclass gives its `Rule`.
+
+    Arguments that all of them take:
+        max_grad_norm: clip the gradients' global L2 norm, over all groups, dtypes and devices, at this; by default off.
+            As torch.nn.utils.clip_grad_norm_, but without writing gradients. Each group may set its own threshold.
+        skip_nonfinite: a step with a gradient that is not finite changes and counts nothing.
+        backend: "triton", "aten", or None for Triton on GPUs and ATen elsewhere.
+        flatten: let parameters live in one flat buffer per (device, dtype) (True), or where they are.
+        master_weights: keep float32 masters of float16 and bfloat16 parameters; state is float32 either way.
+        tile: elements a Triton program updates at a time, a power of two; state is padded to it, per tensor.
+
+    In a group that follows a schedule, `param_groups[i]["schedule"]` holds it and can be replaced; ["lr"] and
+    ["steps_applied"] show the LR of the last step and the updates that the host knows of, which on a GPU include
+    skipped ones; an "lr_scale" in the group, a finite number, zero or more, multiplies the schedule's LR. Writing to
+    that "lr" is an error at the next step, but for 0: then state is made for the group's tensors, which do not move,
+    and if all scheduled groups are so written the step does not count (torch.distributed.checkpoint does that, and
+    writes back).
+
+    torch.amp.GradScaler hands its scale and inf check to `step` through the attributes grad_scale and found_inf.
+    """
+
+    _rule: Rule
+    _step_supports_amp_scaling = True
+    _finds_nonfinite = False  # set by our GradScaler for one step
+
+    def __init__(
+        self,
+        params: Iterable[Any],
+        defaults: dict[str, Any],
+        *,
+        skip_nonfinite: bool = False,
+        backend: str | None = None,
+        flatten: bool = True,
+        master_weights: bool = True,
+        carry_norms: bool = False,
+        tile: int = 1024,
+    ) -> None:
+        if not isinstance(tile, int) or tile < 16 or tile & (tile - 1):
+            raise ValueError(f"tile must be a power of two, 16 or more, got {tile!r}")
+        options = dict(flatten=flatten, master_weights=master_weights, carry_norms=carry_norms)
+        for name, flag in {**options, "skip_nonfinite": skip_nonfinite}.items():
+            checks.check_flag(name, flag)
+        if carry_norms and not self._rule.carries:
+            raise TypeError(f"carry_norms=True: {type(self).__name__} has no norms to carry over, LARS does")
+        defaults = {**defaults, "schedule": None}
+        self._check_made(dict(defaults))
+        self._options: dict[str, Any] = {"backend": backend, **options, "tile": tile}
+        self.skip_nonfinite = skip_nonfinite
+        self._layout: Layout | None = None
+        self._shown_lr: dict[int, float] = {}  # by id of the group: what we wrote to its "lr"
+        self._host_steps = 0  # what the host knows of steps_applied without asking a device
+        self._steps_given = False
+        self._written = Written(self._rule, defaults)
+        super().__init__(params, defaults)
+        self.register_state_dict_post_hook(checkpoint.pack)  # type: ignore[arg-type]
+        self._adopt()
+
+    # Param groups and the learning rate
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """As in torch.optim; the group's `lr` may be a LEGW schedule of its own.
+
+        Raises ValueError, TypeError or RuntimeError, before anything changes, as the constructor does.
+        """
+        super().add_param_group(param_group)
+        group = self.param_groups[-1]
+        try:
+            with checks.naming(f"param_groups[{len(self.param_groups) - 1}]"):
+                self._check_made(group)
+            self._rule.complete(group)
+            if self._layout is not None:
+                check_place([group], self.steps_applied)
+                check_params(self._rule, self.param_groups, self.state, self._options["backend"])
+        except BaseException:
+            self.param_groups.pop()
+            raise
+        if self._layout is not None:
+            self._adopt()
+
+    def _check_made(self, group: Group) -> None:
+        """Refuse the options of a group that is being made; a schedule given as its LR goes where it belongs."""
+        if isinstance(group["lr"], Schedule):
+            group["schedule"], group["lr"] = group["lr"], 0.0
+        self._rule.check(group)
+        self._rule.check_made(group)
+
+    @property
+    def steps_applied(self) -> int:
+        """Updates applied so far, the schedule's t for the next one. Reads the device; can be set."""
+        return int(self._layout.devices[0].counts[0]) if self._layout and self._layout.devices else self._host_steps
+
+    @steps_applied.setter
+    def steps_applied(self, value: int) -> None:
+        value = count("steps_applied", value, zero=True)
+        check_place(self.param_groups, value)
+        for device in self._layout.devices if self._layout else ():
+            device.counts[0] = value
+        self._host_steps, self._steps_given = value, True
+        self._show_lr()
+
+    def set_batch_size(self, batch_size: int, *, steps_per_epoch: float | None = None) -> None:
+        """Go on at another batch size, in every group that follows a schedule: see `LEGW.change_batch_size`.
+
+        The warm-up goes on by updates and so never restarts, the decay by epochs, and the peak LR becomes the batch's.
+        `param_groups[i]["schedule"]` and state dicts show it. Nothing is compiled or captured again: captured CUDA
+        graphs follow after `upload_param_groups()`, as with every change to groups. Reads the device, unless this is
+        the batch already.
+
+        Args:
+            batch_size: the global, effective batch of the updates that follow.
+            steps_per_epoch: updates per epoch at that batch, as of `LEGW`.
+
+        Raises ValueError, before anything changes, for a batch size that the schedule refuses, and where no group
+        follows a schedule; RuntimeError during a graph capture.
+
+        >>> import torch
+        >>> from fused_legw import LEGW, SGD
+        >>> schedule = LEGW(0.1, 16, 0.5, batch_size=64, dataset_size=1280)
+        >>> optimizer = SGD(torch.nn.Linear(4, 2).parameters(), lr=schedule)
+        >>> optimizer.set_batch_size(256)
+        >>> optimizer.param_groups[0]["schedule"].peak_lr / schedule.peak_lr
+        2.0
+        """
+        batch_size = count("batch_size", batch_size)
+        scheduled = [group for group in self.param_groups if group["schedule"] is not None]
+        if not scheduled:
+            raise ValueError(f"batch_size={batch_size}: no param group follows a schedule that could move to it")
+        if self._layout is not None and self._layout.capturing:
+            raise RuntimeError(f"set_batch_size({batch_size}) was called in a graph capture: call it outside")
+        # By identity: groups that share a schedule go on sharing one.
+        schedules: dict[int, Schedule] = {id(group["schedule"]): group["schedule"] for group in scheduled}
+        changing = {key: s for key, s in schedules.items() if not s.has_batch(batch_size, steps_per_epoch)}
+        if not changing:
+            return
+        t = self.steps_applied
+        changed = {
+            key: schedule.change_batch_size(t, batch_size, steps_per_epoch=steps_per_epoch)
+            for key, schedule in changing.items()
+        }
+        fits = self._layout is not None and not self._layout.stale(self.param_groups, self.state)
+        for group in scheduled:
+            if (key := id(group["schedule"])) in changed:
+                group["schedule"] = changing[key].become(changed[key])
+        if self._layout is not None and fits:
+            self._layout.follow()
+
+    def get_last_lr(self) -> list[float]:
+        """Each group's LR at the last applied update, exactly (before any: at the first). Reads the device.
+
+        A group whose "lr" someone wrote 0 to did not take part in it.
+        """
+        t = max(self.steps_applied - 1, 0)
+        return [group_lr(group, t) for group in self.param_groups]
+
+    def _show_lr(self) -> None:
+        """Let param_groups show what the host knows: the updates applied, and the LR of the last one."""
+        for group in self.param_groups:
+            group["steps_applied"] = self._host_steps
+            shown = self._shown_lr.pop(id(group), group["lr"])
+            if group["schedule"] is not None:
+                if group["lr"] == shown:  # what someone wrote there stays, for the next step to judge
+                    group["lr"] = shown = group_lr(group, max(self._host_steps - 1, 0))
+                self._shown_lr[id(group)] = shown
+
+    def _check_groups(self) -> set[int]:
+        """Refuse hyper-parameters that cannot be used; return the LEGW groups whose shown LR was overwritten by 0.
+
+        torch.distributed.checkpoint writes 0 to bring an optimizer's state into being: state is made for such groups,
+        nothing moves or advances.
+        """
+        frozen = set()
+        for i, group in enumerate(self.param_groups):
+            lr, schedule, shown = group["lr"], group["schedule"], self._shown_lr.get(id(group))
+            self._written.check(i, group)
+            if not (type(lr) is float and math.isfinite(lr)):  # at every step, so without a call where it is one
+                check_written_lr(f"param_groups[{i}]", lr)
+            if schedule is not None and hasattr(self.step, "_wrapped_by_lr_sched"):
+                raise RuntimeError(
+                    f"param_groups[{i}] follows {schedule}, but a torch LR scheduler was made for this optimizer: "
+                    "use one or the other"
+                )
+            if schedule is not None and shown is not None and lr != shown:
+                if lr != 0:
+                    raise RuntimeError(
+                        f"param_groups[{i}]['lr'] was set to {lr!r}, but the group follows {schedule}: "
+                        f"to change its LR set param_groups[{i}]['schedule']"
+                    )
+                frozen.add(i)
+        return frozen
+
+    # Flat buffers
+
+    @torch.inference_mode(False)
+    @torch.no_grad()
+    def _adopt(self, steps_applied: int | None = None) -> None:
+        """(Re)build the flat buffers from the parameters and `self.state` as they are now."""
+        check_params(self._rule, self.param_groups, self.state, self._options["backend"])
+        steps = self.steps_applied if steps_applied is None else steps_applied
+        check_place(self.param_groups, steps)
+        self._layout = Layout(
+            self._rule, self.param_groups, self.state, **self._options, steps_applied=steps, previous=self._layout
+        )
+        self._show_lr()
+
+    @torch.no_grad()
+    def unflatten(self) -> None:
+        """Give every parameter a storage of its own again; state stays flat, and later steps work as before."""
+        self._options["flatten"] = False
+        if self._layout is not None:
+            self._layout.unflatten()
+
+    @property
+    def backend(self) -> str:
+        """What runs the step: "triton", "aten", or both joined by "+" where devices differ."""
+        devices = self._layout.devices if self._layout else []
+        return "+".join(sorted({device.name for device in devices}))
+
+    # The step
+
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """One update of every parameter that has a gradient; returns the closure's loss, if one is given.
+
+        Raises, before anything changes: TypeError or RuntimeError for a gradient that cannot be used (sparse, complex);
+        RuntimeError for a LEGW group whose `lr` was written or is driven by a torch LR scheduler; TypeError or
+        ValueError for an option written to a group that would be refused where a group is made.
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        frozen = self._check_groups()
+        layout = self._current_layout()
+        raw = layout.raw_gradients()
+        alike = not frozen and layout.alike(raw)
+        usual = alike or all(bucket.usual(gradients) for bucket, gradients in zip(layout.buckets, raw, strict=True))
+        if not usual:
+            for name, p, _ in named_params(self.param_groups):
+                checks.check_gradient(name, p)
+            layout = self._current_layout(thorough=True)
+            raw = layout.raw_gradients()
+        gradients = layout.gradients(raw, frozen, usual=usual, alike=alike)
+        if layout.moving:
+            self._update(layout, gradients, frozen)
+        return loss
+
+    def _current_layout(self, *, thorough: bool = False) -> Layout:
+        """The flat buffers, rebuilt if anything is not what or where it was."""
+        assert self._layout is not None
+        if self._layout.stale(self.param_groups, self.state, thorough=thorough):
+            self._layout.refuse_under_capture("a parameter, its state or a schedule was replaced")
+            self._adopt()
+        return self._layout
+
+    def _update(self, layout: Layout, gradients: list[list[Tensor | None]], frozen: set[int]) -> None:
+        scheduled = {i for i, group in enumerate(self.param_groups) if group["schedule"] is not None}
+        advance = not scheduled or not scheduled <= frozen
+        layout.see_versions()
+        layout.step(self.param_groups, gradients, self._control(), advance=advance)
+        layout.note_versions()
+        if advance and not layout.capturing:
+            self._host_steps = self.steps_applied if layout.counts_on_host else self._host_steps + 1
+            self._show_lr()
+
+    def _control(self) -> Control:
+        return Control(
+            clips=self._rule.clips(self.param_groups),
+            skips=self.skip_nonfinite or self._finds_nonfinite,
+            grad_scale=getattr(self, "grad_scale", None),
+            found_inf=None if self._finds_nonfinite else getattr(self, "found_inf", None),
+        )
+
+    def _find_nonfinite(self) -> dict[torch.device, Tensor]:
+        """Make the next step skip itself if a gradient is not finite; the tensors that will say so, by device."""
+        devices = self._current_layout().devices
+        self._finds_nonfinite = True
+        return {device.device: device.nonfinite.zero_() for device in devices}
+
+    # What the last step found
+
+    def _norms(self, kind: str, what: str) -> dict[Tensor, Tensor]:
+        assert self._layout is not None
+        found = self._layout.norms(kind)
+        if found is None:
+            raise RuntimeError(f"{what} are not known: {type(self).__name__} has made no step that takes them")
+        return found
+
+    def grad_norms(self) -> dict[Tensor, Tensor]:
+        """Each parameter's gradient norm at the last step, before clipping, without AMP's scale; 0 where it had none.
+
+        float64 tensors on the device, as it is now: ask again after the next step or replay. LARS and LAMB always take
+        these norms, SGD, Adam and AdamW with max_grad_norm, skip_nonfinite or `GradScaler`. RuntimeError where no step
+        has taken them.
+        """
+        return self._norms("gradient", "gradient norms")
+
+    def param_norms(self) -> dict[Tensor, Tensor]:
+        """Each parameter's norm before the last applied step, of LARS and LAMB; otherwise as `grad_norms`.
+
+        With carry_norms=True also of those without a gradient, as far as known.
+        """
+        if not self._rule.adapts:
+            raise RuntimeError(f"{type(self).__name__} takes no norms of its parameters: LARS and LAMB do")
+        return self._norms("weight", "parameter norms")
+
+    def trust_ratios(self) -> dict[Tensor, Tensor]:
+        """Each parameter's last trust ratio, of LARS and LAMB; otherwise as `grad_norms`."""
+        if not self._rule.adapts:
+            raise RuntimeError(f"{type(self).__name__} has no trust ratios: LARS and LAMB do")
+        return self._norms("ratio", "trust ratios")
+
+    @property
+    def grad_norm(self) -> Tensor:
+        """The gradients' global norm at the last step: 0-dim, float64, on the first parameter's device."""
+        norms = list(self.grad_norms().values())
+        here = [norm.to(norms[0].device, non_blocking=True) for norm in norms]
+        total: Tensor = torch.linalg.vector_norm(torch.stack(here))
+        return total
+
+    @property
+    def steps_skipped(self) -> Tensor:
+        """How many steps changed nothing because of gradients that were not finite: 0-dim, int64, on the device."""
+        if self._layout is None or not self._layout.devices:
+            return torch.zeros((), dtype=torch.int64)
+        return self._layout.devices[0].counts[1]
+
+    @torch.no_grad()
+    def upload_param_groups(self) -> None:
+        """Let captured CUDA graphs see values that changed in param_groups: LR, weight decay, momentum, betas, ...
+
+        Replays read them from a table on the device that eager steps write; this writes it without a step. What a
+        graph cannot follow is refused: another schedule, other parameters, a state that did not exist.
+        """
+        assert self._layout is not None
+        self._check_groups()
+        if self._layout.stale(self.param_groups, self.state):
+            raise RuntimeError("a parameter, its state or a schedule was replaced: make a step, then capture it again")
+        self._layout.check_replays(self.param_groups)
+        self._layout.see_versions()
+        self._layout.note_versions()
+        for device in self._layout.devices:
+            device.write_groups(self.param_groups)
+
+    def weights_changed(self) -> None:
+        """Tell LARS with carry_norms=True that weights were changed in a way that it cannot see; see there."""
+        for device in self._layout.devices if self._layout else ():
+            device.weights_changed()
+
+    # Checkpoints and copies
+
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    def state_dict(self) -> dict[str, Any]:
+        """As in torch.optim, with each group's schedule and `steps_applied`. Reads the device."""
+        self._host_steps = self.steps_applied
+        self._show_lr()
+        return super().state_dict()
+
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """As in torch.optim, and from torch.optim's own dicts; a group's schedule and `steps_applied` come with it.
+
+        As with every hyper-parameter, what the dict says replaces what the optimizer was made with; to go on with
+        another schedule, set `param_groups[i]["schedule"]` after loading. A dict without one leaves the optimizer's.
+
+        Raises ValueError, before anything changes, for a dict without `steps_applied` where a group follows LEGW (set
+        `optimizer.steps_applied` first), and for state of the wrong shape; ValueError or TypeError for other options
+        than a group can be made with.
+        """
+        # The last of the hooks, after the user's.
+        hook = self.register_load_state_dict_pre_hook(checkpoint.unpack)  # type: ignore[arg-type]
+        try:
+            super().load_state_dict(state_dict)
+        finally:
+            hook.remove()
+
+    def __getstate__(self) -> dict[str, Any]:
+        fresh = self._layout.fresh() if self._layout else set()
+        state = {p: checkpoint.own_storages(values) for p, values in self.state.items() if p not in fresh}
+        return {
+            **super().__getstate__(),
+            "state": state,
+            "_options": self._options,
+            "skip_nonfinite": self.skip_nonfinite,
+            "_steps_applied": self.steps_applied,
+        }
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Called by load_state_dict with state and param_groups, by copying and unpickling with everything."""
+        state = dict(state)
+        copied = "_options" in state
+        given = [group.get("steps_applied") for group in state["param_groups"]]
+        steps_applied = state.pop("_steps_applied", given[0] if given else None)
+        followed = [] if copied else [group["schedule"] for group in self.param_groups]
+        super().__setstate__({**state, "state": checkpoint.unbox(state["state"])})
+        for group, schedule in zip(self.param_groups, followed, strict=False):
+            if schedule is not None and group["schedule"] is not None:
+                group["schedule"] = schedule.become(group["schedule"])
+        if copied:
+            self._layout, self._host_steps, self._steps_given = None, 0, False
+            self._written = Written(self._rule, self.defaults)
+            self.register_state_dict_post_hook(checkpoint.pack)  # type: ignore[arg-type]
+        self._shown_lr = {}
+        self._host_steps = self.steps_applied if steps_applied is None else steps_applied
+        self._adopt(self._host_steps)

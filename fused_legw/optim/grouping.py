@@ -1,0 +1,181 @@
+"""Param groups by what a parameter is: biases and normalisation parameters apart, and a table of what went where."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from fnmatch import fnmatchcase
+from typing import Any, NamedTuple
+
+from torch import nn
+from torch.nn.modules.batchnorm import _NormBase
+from torch.nn.parameter import UninitializedParameter
+
+from ..checks import number
+
+# _NormBase is that of every BatchNorm and InstanceNorm, lazy and synchronised ones included.
+NORMALISATIONS = (_NormBase, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm)
+
+
+EMBEDDINGS = (nn.Embedding, nn.EmbeddingBag)
+
+
+DECAYED, PLAIN, LEFT_OUT = "decayed", "plain", "left out"
+
+
+class Placement(NamedTuple):
+    """Where one parameter went: "decayed", "plain" (no decay, no adaptation) or "left out", and why."""
+
+    name: str
+    shape: tuple[int, ...]
+    kind: str
+    reason: str
+
+
+class ParamGroups(list[dict[str, Any]]):
+    """A list of param groups that knows what went where: its `placements`, one per parameter, are what it prints.
+
+    They tell what `param_groups` did, and do not follow later changes of the list.
+    """
+
+    placements: tuple[Placement, ...] = ()
+
+    def __repr__(self) -> str:
+        names = max((len(placement.name) for placement in self.placements), default=0)
+        shapes = max((len(str(placement.shape)) for placement in self.placements), default=0)
+        lines = list[str]()
+        for kind in (DECAYED, PLAIN, LEFT_OUT):
+            chosen = [placement for placement in self.placements if placement.kind == kind]
+            if chosen:
+                what = "plain (no decay, no adaptation)" if kind == PLAIN else kind
+                lines.append(f"{what}: {len(chosen)} tensor{'s' if len(chosen) > 1 else ''}")
+                lines += [f"  {name:{names}}  {shape!s:{shapes}}  {reason}" for name, shape, _, reason in chosen]
+        return "\n".join(lines)
+
+
+class _Owned(NamedTuple):
+    """A parameter, every name it has, and the modules that hold it under them: several where it is tied."""
+
+    param: nn.Parameter
+    names: list[str]
+    owners: list[nn.Module]
+
+
+def _owned_parameters(module: nn.Module) -> list[_Owned]:
+    """In the order of `module.named_parameters()`."""
+    found: dict[nn.Parameter, _Owned] = {}
+    for prefix, owner in module.named_modules(remove_duplicate=False):
+        for leaf, p in owner.named_parameters(recurse=False, remove_duplicate=False):
+            owned = found.setdefault(p, _Owned(p, [], []))
+            owned.names.append(f"{prefix}.{leaf}" if prefix else leaf)
+            owned.owners.append(owner)
+    return list(found.values())
+
+
+def _by_pattern(argument: str, patterns: str | Iterable[str], parameters: list[_Owned]) -> dict[nn.Parameter, str]:
+    """The parameters that a pattern names, each with the reason; a pattern that names none is an error."""
+    chosen: dict[nn.Parameter, str] = {}
+    for pattern in (patterns,) if isinstance(patterns, str) else patterns:
+        matched = [p for p, names, _ in parameters if any(fnmatchcase(name, pattern) for name in names)]
+        if not matched:
+            raise ValueError(f"{argument}: the pattern {pattern!r} matches no parameter")
+        for p in matched:
+            chosen.setdefault(p, f"{argument} {pattern!r}")
+    return chosen
+
+
+def _by_rule(owned: _Owned, decay_embeddings: bool) -> tuple[str, str]:
+    """(kind, reason) of a parameter that no pattern names."""
+    apart = NORMALISATIONS if decay_embeddings else (*NORMALISATIONS, *EMBEDDINGS)
+    for name, owner in zip(owned.names, owned.owners, strict=True):
+        if isinstance(owner, apart):
+            return PLAIN, type(owner).__name__
+        if "bias" in name.rpartition(".")[2].split("_"):  # also bias_hh_l0, in_proj_bias, relative_position_bias_table
+            return PLAIN, "bias"
+    ndim = owned.param.ndim
+    return PLAIN if ndim <= 1 else DECAYED, f"ndim {ndim}"
+
+
+def _check(module: nn.Module, weight_decay: float | None, parameters: list[_Owned]) -> None:
+    if weight_decay is not None:
+        number("weight_decay", weight_decay, zero=True)
+    if not parameters:
+        raise ValueError(f"module has no parameters: {type(module).__name__}")
+    for p, names, _ in parameters:
+        if isinstance(p, UninitializedParameter):
+            raise ValueError(f"{names[0]} is uninitialized: run a forward pass before making param groups")
+
+
+def param_groups(
+    module: nn.Module,
+    weight_decay: float | None = None,
+    *,
+    decay: str | Iterable[str] = (),
+    no_decay: str | Iterable[str] = (),
+    decay_embeddings: bool = True,
+    keep_frozen: bool = True,
+) -> ParamGroups:
+    """A module's parameters in two groups: decayed, and plain ones with `weight_decay=0.0` and `adapt=False`.
+
+    Plain are the parameters of torch.nn's normalisation layers and their subclasses, biases (also those of more than
+    one dimension: "bias" is a word of the name), and all else of at most one dimension. LARS and LAMB give them a trust
+    ratio of 1 (You et al. 2017 and the MLPerf rules leave them out); any other optimizer of torch takes the groups too.
+
+    Args:
+        module: a parameter it holds under several names (tied weights) goes in once, under its first. It is plain if
+            it is so under any of them.
+        weight_decay: of the decayed group; None for the optimizer's own.
+        decay, no_decay: patterns of names, as `"*.pos_embed"`, matched against the whole name in the manner of
+            `fnmatch`; they come before every rule. What no_decay names is not adapted either.
+        decay_embeddings: False makes the parameters of Embedding and EmbeddingBag plain.
+        keep_frozen: parameters with requires_grad=False go in, as `module.parameters()` has them, so that they train
+            once thawed; they take optimizer state. False leaves them out.
+
+    Returns a list of param groups with names, which prints as a table of what went where and why.
+
+    Raises ValueError: for a pattern that matches nothing, a parameter that both decay and no_decay match, a negative
+    weight decay, an uninitialized (lazy) parameter, a module without parameters. TypeError: for what is no module.
+
+    >>> from torch import nn
+    >>> from fused_legw import SGD
+    >>> from fused_legw import param_groups
+    >>> model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.Flatten(), nn.Linear(8, 2))
+    >>> groups = param_groups(model, weight_decay=1e-4)
+    >>> groups
+    decayed: 2 tensors
+      0.weight  (8, 3, 3, 3)  ndim 4
+      3.weight  (2, 8)        ndim 2
+    plain (no decay, no adaptation): 4 tensors
+      0.bias    (8,)          bias
+      1.weight  (8,)          BatchNorm2d
+      1.bias    (8,)          BatchNorm2d
+      3.bias    (2,)          bias
+    >>> optimizer = SGD(groups, lr=0.1, momentum=0.9)
+    >>> [group["weight_decay"] for group in optimizer.param_groups]
+    [0.0001, 0.0]
+    """
+    if not isinstance(module, nn.Module):
+        raise TypeError(f"module must be a torch.nn.Module, got {type(module).__name__}")
+    parameters = _owned_parameters(module)
+    _check(module, weight_decay, parameters)
+    decayed, plain = _by_pattern("decay", decay, parameters), _by_pattern("no_decay", no_decay, parameters)
+    groups: dict[str, dict[str, Any]] = {
+        DECAYED: dict(params=[]) if weight_decay is None else dict(params=[], weight_decay=weight_decay),
+        PLAIN: dict(params=[], weight_decay=0.0, adapt=False),
+        LEFT_OUT: dict(params=[]),
+    }
+    placements = []
+    for owned in parameters:
+        p, name = owned.param, owned.names[0]
+        if p in decayed and p in plain:
+            raise ValueError(f"{name} is matched by both {decayed[p]} and {plain[p]}")
+        if not p.requires_grad and not keep_frozen:
+            kind, reason = LEFT_OUT, "requires_grad=False"
+        elif p in decayed or p in plain:
+            kind, reason = (DECAYED, decayed[p]) if p in decayed else (PLAIN, plain[p])
+        else:
+            kind, reason = _by_rule(owned, decay_embeddings)
+        groups[kind]["params"].append((name, p))
+        placements.append(Placement(name, tuple(p.shape), kind, reason))
+    result = ParamGroups(groups[kind] for kind in (DECAYED, PLAIN) if groups[kind]["params"])
+    result.placements = tuple(placements)
+    return result

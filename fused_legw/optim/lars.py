@@ -1,0 +1,207 @@
+"""LARS (You, Gitman, Ginsburg 2017) in the variants people mean, fused with its LEGW schedule."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from legw_kernels import formulas
+from legw_kernels.formulas import MomentumHyper
+
+from .. import variants
+from ..backends.aten_math import Tensors, norms, scaled
+from ..checks import check_flag, check_number, unread
+from ..schedules.base import Schedule
+from ..spec import Group, hyper_floats
+from .base import FusedOptimizer
+from .sgd import SGDRule, fused_sgd
+
+_FORMS = {
+    "scaled": formulas.SCALED,
+    "corrected": formulas.TORCH,
+    "torch": formulas.TORCH,
+    "unscaled": formulas.UNSCALED,
+    "popular": formulas.POPULAR,
+}
+
+
+_GRAIN = 32768  # elements: ATen's own limit for starting threads
+
+
+_ZERO_NORMS = {"one": formulas.ONE, "denominator": formulas.BY_DENOMINATOR, "plain": formulas.PLAIN}
+
+
+class LARSRule(SGDRule):
+    """SGD's, with a trust ratio."""
+
+    name = "lars"
+    adapts = carries = True
+
+    def check(self, group: Group) -> None:
+        super().check(group)
+        variants.check(variants.LARS, group, ("nothing", "no_decay", "vectors"))
+        check_flag("adapt", group["adapt"])
+        nesterov, dampening = group["nesterov"], group["dampening"]
+        if group["variant"] in variants.PLAIN_MOMENTUM_ONLY and (nesterov or unread(dampening) or dampening != 0):
+            raise ValueError(
+                f"variant {group['variant']!r} defines neither nesterov nor dampening, got "
+                f"nesterov={nesterov!r}, dampening={dampening!r}"
+            )
+        if group.get("eps") is not None:
+            check_number("eps", group["eps"])
+
+    def hyper(self, group: Group) -> MomentumHyper:
+        axes = variants.axes(variants.LARS, group)
+        no_decay = axes["not_adapted"] == "no_decay" and not torch.is_tensor(group["weight_decay"])
+        sgd = super().hyper(group)
+        return sgd._replace(
+            trust_coefficient=float(axes["trust_coefficient"]),
+            eps=float(axes["eps"]),
+            form=_FORMS[axes["form"]],
+            norm_of_sum=float(axes["denominator"] == "norm_of_sum" or axes["form"] == "popular"),
+            trust_clip=float(axes["trust_clip"]),
+            zero_norm=_ZERO_NORMS[axes["zero_norm"]],
+            adapt=float(group["adapt"] and not (no_decay and group["weight_decay"] == 0)),
+        )
+
+    def exempts_vectors(self, group: Group) -> bool:
+        return bool(variants.axes(variants.LARS, group)["not_adapted"] == "vectors")
+
+    def measures_clipped(self, group: Group) -> bool:
+        return bool(self.hyper(group).norm_of_sum)
+
+    def aten(self, tensors: Tensors, lr: float, count: int, scale: float, group: Group) -> None:
+        h = hyper_floats(self.hyper(group))
+        exempt, exempts = h._replace(adapt=0.0, weight_decay=0.0), self.exempts_vectors(group)
+        x_norms = _norms_of_sums(tensors, h, count, scale) if h.norm_of_sum else tensors.g_norms
+        momenta = [[m] for m in tensors.states[0]] or [[]] * len(tensors.params)
+        every = zip(tensors.params, tensors.grads, momenta, tensors.w_norms, x_norms, strict=True)
+        for p, g, m, w_norm, x_norm in every:
+            own = exempt if exempts and p.ndim <= 1 else h
+            ratio, decay = formulas.lars_ratio(lr, w_norm, x_norm, own)
+            inner, outer = formulas.lars_factors(lr, ratio, own.form)
+            update = _small_sgd if p.numel() < _GRAIN else fused_sgd
+            update([p], [g], m, own, outer, inner * scale, inner * decay, count)
+            tensors.ratios.append(ratio)
+
+
+def _norms_of_sums(tensors: Tensors, h: MomentumHyper, count: int, scale: float) -> list[float]:
+    """Norms of gradient plus decay; in the popular form, of the updates that they make."""
+    sums = scaled(tensors.grads, scale * h.sign)
+    if h.weight_decay:
+        sums = list(torch._foreach_add(sums, tensors.params, alpha=h.weight_decay))
+    if h.form == formulas.POPULAR and tensors.states[0]:
+        sums = [_direction(x, [m], h, count)[0] for x, m in zip(sums, tensors.states[0], strict=True)]
+    return norms(sums)
+
+
+def _small_sgd(
+    params: list[Tensor], grads: list[Tensor], momenta: list[Tensor],
+    h: MomentumHyper, lr: float, factor: float, decay: float, count: int,
+) -> None:  # fmt: skip
+    """What fused_sgd does, of one tensor, by kernels that start no threads for a small one, as ATen's fused ones do."""
+    [p], [g] = params, grads
+    d = g.mul(factor * h.sign)
+    if decay:
+        d.add_(p, alpha=decay)
+    update, moved = _direction(d, momenta, h, count)
+    if momenta:
+        momenta[0].copy_(moved)
+    p.sub_(update, alpha=lr)
+
+
+def _direction(d: Tensor, momenta: list[Tensor], h: MomentumHyper, count: int) -> tuple[Tensor, Tensor]:
+    """The update that a decayed gradient d makes, before its LR and ratio, and the momentum, if there is any, then."""
+    m = d if count == 0 or not momenta else momenta[0].mul(h.momentum).add_(d, alpha=1 - h.dampening)
+    return (d.add(m, alpha=h.momentum) if h.nesterov else m), m
+
+
+class LARS(FusedOptimizer):
+    """LARS: momentum SGD whose update of each tensor w with gradient g is scaled by a trust ratio.
+
+    The paper's: ratio = trust_coefficient * |w| / (|g| + weight_decay * |w|); v = momentum * v + lr * ratio *
+    (g + weight_decay * w); w -= v (You, Gitman, Ginsburg 2017, arXiv 1708.03888, Algorithm 1). The first update of a
+    tensor sets v to the term itself, as in torch.optim.SGD. Norms are L2, in float32 or wider.
+
+    Args:
+        params: parameters, named parameters, or param groups, each of which may set any of the options below.
+        lr: a number, a 1-element tensor, or a schedule: `LEGW` or `AutoWU`.
+        momentum, weight_decay, dampening, nesterov, maximize: as in torch.optim.SGD.
+        variant: whose LARS: "paper", "tensorflow", "simclr", "simclr-popular", "nvidia", "apex-larc", "rocm",
+            "torchlars", "timm", "bolts", "moco", "optax". It sets the axes below; None leaves one as it is there.
+        trust_coefficient, eps: in the formula, eps added to the denominator.
+        form: where the LR enters. "scaled": as above. "torch": v = momentum * v + ratio * d; w -= lr * v. "corrected":
+            NVIDIA's, equal to "torch" at every schedule. "unscaled": v = momentum * v + d; w -= lr * ratio * v.
+            "popular": that, with the ratio trust_coefficient * |w| / |update|.
+        denominator: "sum_of_norms", |g| + weight_decay * |w|, or "norm_of_sum", |g + weight_decay * w|.
+        trust_clip: the ratio becomes min(ratio / lr, 1).
+        not_adapted: "nothing"; "no_decay": groups without weight decay get ratio 1; "vectors": tensors of one dimension
+            or none get ratio 1 and no decay.
+        zero_norm: where a norm is 0, "one": ratio 1. "denominator": that, but by the formula if only g is 0 and the
+            denominator is not. "plain": ratio 1, no clip and no decay.
+        adapt: False for ratio 1 in a group; its weight decay stays.
+        carry_norms: let the update leave the norms of the weights to the next step, which then reads only the gradients
+            to measure: 24 bytes per float32 parameter instead of 28. A change of weights from outside must be known: at
+            a step what bumps version counters, moves a parameter or loads a checkpoint is seen. After `p.data.mul_()`
+            or a collective such as `dist.broadcast(p, 0)`, and after any change before a replay of a captured graph,
+            call `weights_changed()`. No effect on ATen.
+        max_grad_norm, skip_nonfinite, backend, flatten, master_weights, tile: as in every `FusedOptimizer`.
+
+    Raises:
+        ValueError, TypeError: naming the argument or parameter and its value, before anything has changed.
+
+    >>> import torch
+    >>> from fused_legw import LARS
+    >>> model = torch.nn.Linear(4, 2)
+    >>> optimizer = LARS(model.parameters(), lr=1.0, weight_decay=1e-4, variant="timm")
+    >>> model(torch.ones(8, 4)).square().mean().backward()
+    >>> optimizer.step()
+    """
+
+    _rule = LARSRule()
+
+    def __init__(
+        self,
+        params: Iterable[Any],
+        lr: float | Tensor | Schedule,
+        momentum: float = 0.9,
+        weight_decay: float = 0,
+        dampening: float = 0,
+        nesterov: bool = False,
+        *,
+        variant: str = "paper",
+        trust_coefficient: float | None = None,
+        eps: float | None = None,
+        form: str | None = None,
+        denominator: str | None = None,
+        trust_clip: bool | None = None,
+        not_adapted: str | None = None,
+        zero_norm: str | None = None,
+        adapt: bool = True,
+        maximize: bool = False,
+        max_grad_norm: float | None = None,
+        carry_norms: bool = False,
+        **common: Any,
+    ) -> None:
+        defaults = dict(
+            lr=lr,
+            momentum=momentum,
+            weight_decay=weight_decay,
+            dampening=dampening,
+            nesterov=nesterov,
+            variant=variant,
+            trust_coefficient=trust_coefficient,
+            eps=eps,
+            form=form,
+            denominator=denominator,
+            trust_clip=trust_clip,
+            not_adapted=not_adapted,
+            zero_norm=zero_norm,
+            adapt=adapt,
+            maximize=maximize,
+            max_grad_norm=max_grad_norm,
+        )
+        super().__init__(params, defaults, carry_norms=carry_norms, **common)

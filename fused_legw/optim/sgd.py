@@ -1,0 +1,148 @@
+"""SGD with momentum, fused with its LEGW schedule."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from legw_kernels.formulas import MomentumHyper
+
+from ..backends.aten_math import Tensors, scaled
+from ..checks import check_flag, check_scalar, unread
+from ..schedules.base import Schedule
+from ..spec import Group, Rule, hyper_floats, hyper_value
+from .base import FusedOptimizer
+
+
+class SGDRule(Rule):
+    """SGD's one state, and what its options mean."""
+
+    name = "sgd"
+    states = ("momentum_buffer",)
+
+    def check(self, group: Group) -> None:
+        super().check(group)
+        check_scalar("momentum", group["momentum"], "momentum value")
+        check_scalar("dampening", group["dampening"], low=-math.inf)
+        check_flag("nesterov", group["nesterov"])
+
+    def check_made(self, group: Group) -> None:
+        super().check_made(group)
+        momentum, dampening = group["momentum"], group["dampening"]
+        if group["nesterov"] and not (unread(momentum) or (momentum > 0 and (unread(dampening) or dampening == 0))):
+            raise ValueError("Nesterov momentum requires a momentum and zero dampening")
+
+    def used_states(self, group: Group) -> tuple[str, ...]:
+        return ("momentum_buffer",) if isinstance(group["momentum"], Tensor) or group["momentum"] != 0 else ()
+
+    def hyper(self, group: Group) -> MomentumHyper:
+        return MomentumHyper(
+            weight_decay=hyper_value(group["weight_decay"]),
+            momentum=hyper_value(group["momentum"]),
+            dampening=hyper_value(group["dampening"]),
+            nesterov=float(group["nesterov"]),
+            sign=-1.0 if group["maximize"] else 1.0,
+        )
+
+    def aten(self, tensors: Tensors, lr: float, count: int, scale: float, group: Group) -> None:
+        h = hyper_floats(self.hyper(group))
+        fused_sgd(tensors.params, tensors.grads, tensors.states[0], h, lr, scale, h.weight_decay, count)
+
+
+def fused_sgd(
+    params: list[Tensor], grads: list[Tensor], momenta: list[Tensor],
+    h: MomentumHyper, lr: float, factor: float, decay: float, count: int,
+) -> None:  # fmt: skip
+    """ATen's SGD of the gradients factor * g + decay * w, after `count` earlier updates. decay: instead of h's."""
+    dampening, first = h.dampening, count == 0
+    share = factor if first else factor * (1 - dampening)
+    if factor != 1 and momenta and not h.nesterov and 0 < share < math.inf and params[0].dtype == torch.float32:
+        # As momentum * m + share * (g + decay / factor * w), which saves writing factor * g. ATen is given 1 - share,
+        # which is exact for a float32 not below 2^-29; gradients are first multiplied by a power of two to have that.
+        fraction, exponent = math.frexp(share)
+        if exponent < -28:
+            grads, factor, exponent = scaled(grads, 2.0**exponent), factor / 2.0**exponent, 0
+        dampening, decay = 1 - math.ldexp(round(fraction * 2**24), exponent - 24), decay / factor
+        if first:
+            torch._foreach_zero_(momenta)
+            first = False
+    else:
+        grads = scaled(grads, factor)
+    torch._fused_sgd_(
+        params,
+        grads,
+        momenta,
+        weight_decay=decay,
+        momentum=h.momentum,
+        lr=lr,
+        dampening=dampening,
+        nesterov=bool(h.nesterov),
+        maximize=h.sign < 0,
+        is_first_step=first,
+    )
+
+
+class SGD(FusedOptimizer):
+    """Drop-in for `torch.optim.SGD`: the same arguments, defaults and results, and `lr` may be a `LEGW` schedule.
+
+    For a parameter w with gradient g: g += weight_decay * w; m = g at the first update, then momentum * m +
+    (1 - dampening) * g; d = g + momentum * m with nesterov, else m; w -= lr * d (Sutskever et al. 2013, as
+    torch has it).
+
+    Args:
+        params: parameters, named parameters, or param groups, each of which may set any of the options below.
+        lr: a number, a 1-element tensor (driven by torch's LR schedulers as usual), or a schedule, `LEGW` or `AutoWU`,
+            whose LR the step works out itself from the number of updates applied so far.
+        momentum, dampening, weight_decay, nesterov, maximize: as in torch.optim.SGD.
+        max_grad_norm, skip_nonfinite, backend, flatten, master_weights, tile: as in every `FusedOptimizer`.
+        foreach, fused: accepted and ignored, but not both. differentiable: must be False.
+
+    Raises:
+        ValueError, TypeError: naming the argument or parameter and its value, before anything has changed.
+
+    >>> import torch
+    >>> from fused_legw import LEGW, SGD
+    >>> model = torch.nn.Linear(4, 2)
+    >>> schedule = LEGW(0.1, 16, 0.5, batch_size=512, dataset_size=1280)
+    >>> optimizer = SGD(model.parameters(), lr=schedule, momentum=0.9)
+    >>> model(torch.ones(512, 4)).square().mean().backward()
+    >>> optimizer.step()
+    >>> optimizer.steps_applied, optimizer.get_last_lr() == [schedule(0)]
+    (1, True)
+    """
+
+    _rule = SGDRule()
+
+    def __init__(
+        self,
+        params: Iterable[Any],
+        lr: float | Tensor | Schedule = 1e-3,
+        momentum: float = 0,
+        dampening: float = 0,
+        weight_decay: float = 0,
+        nesterov: bool = False,
+        *,
+        maximize: bool = False,
+        foreach: bool | None = None,
+        differentiable: bool = False,
+        fused: bool | None = None,
+        max_grad_norm: float | None = None,
+        **common: Any,
+    ) -> None:
+        defaults = dict(
+            lr=lr,
+            momentum=momentum,
+            dampening=dampening,
+            weight_decay=weight_decay,
+            nesterov=nesterov,
+            maximize=maximize,
+            foreach=foreach,
+            differentiable=differentiable,
+            fused=fused,
+            max_grad_norm=max_grad_norm,
+        )
+        super().__init__(params, defaults, **common)

@@ -1,0 +1,1 @@
+"""What stands around a step: AMP, schedulers, the gradient noise scale."""

@@ -1,0 +1,1 @@
+"""Fused optimizers held against their float64 references."""

@@ -1,0 +1,267 @@
+"""Checking a fused optimizer against its reference twin, schedule included, on the user's own parameters."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .. import reference
+from ..checks import DTYPES
+from ..optim.base import FusedOptimizer
+from ..spec import group_lr
+
+Named = list[tuple[str, nn.Parameter]]
+
+
+_NONE_PROBABILITY = 1 / 8  # of a gradient that is missing this time
+
+
+@dataclass(frozen=True)
+class TensorError:
+    """One tensor's error: the largest difference from the float64 reference over its largest value, over all steps."""
+
+    name: str
+    shape: tuple[int, ...]
+    error: float
+    tolerance: float
+
+    @property
+    def passed(self) -> bool:
+        return self.error <= self.tolerance  # a NaN fails
+
+
+@dataclass(frozen=True)
+class Verification:
+    """What `verify` found.
+
+    lr_error: the largest difference of `get_last_lr()` from the schedule; must be 0. steps_applied: the updates the
+    optimizer counted; must be `steps`.
+    """
+
+    optimizer: str
+    backend: str
+    dtype: str
+    steps: int
+    steps_applied: int
+    lr_error: float
+    tensors: tuple[TensorError, ...]
+
+    @property
+    def passed(self) -> bool:
+        return self.steps_applied == self.steps and self.lr_error == 0 and all(t.passed for t in self.tensors)
+
+    @property
+    def worst(self) -> TensorError:
+        """The tensor nearest to its tolerance, or furthest past it."""
+        return max(self.tensors, key=lambda t: (not t.passed, t.error / t.tolerance))
+
+    def __str__(self) -> str:
+        width = max(len("tensor"), *(len(t.name) for t in self.tensors))
+        shapes = ["×".join(map(str, t.shape)) or "scalar" for t in self.tensors]
+        shape_width = max(len("shape"), *map(len, shapes))
+        lines = [
+            f"{self.optimizer} ({self.backend}, {self.dtype}) against the float64 reference: "
+            f"{'passed' if self.passed else 'FAILED'}",
+            f"{self.steps_applied} of {self.steps} steps counted, LR error {self.lr_error:.1e}",
+            f"{'tensor':{width}}  {'shape':{shape_width}}  {'error':>8}  {'tolerance':>9}",
+        ]
+        for t, shape in zip(self.tensors, shapes, strict=True):
+            mark = "" if t.passed else "  FAILED"
+            lines.append(f"{t.name:{width}}  {shape:{shape_width}}  {t.error:8.1e}  {t.tolerance:9.1e}{mark}")
+        return "\n".join(lines)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The result as primitives, for JSON."""
+        return {"passed": self.passed, "worst": asdict(self.worst), **asdict(self)}
+
+
+def verify(
+    make_optimizer: Callable[[list[nn.Parameter]], FusedOptimizer],
+    module_or_shapes: nn.Module | Sequence[Sequence[int]],
+    steps: int = 200,
+    *,
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | str | None = None,
+    seed: int = 0,
+) -> Verification:
+    """Run a fused optimizer beside its twin from `fused_legw.reference` in float64, and compare every step.
+
+    Both get the same random gradients, rounded to `dtype`; from the second step on one in eight is None. The twin has
+    the fused optimizer's param groups: hyper-parameters, learning rates and schedules.
+
+    Tolerance, relative to each tensor's largest value: 1e-12 in float64. In the other dtypes at most twice the error
+    of the reference run in float32, its parameters rounded to the dtype after each step, and two units in the last
+    place, because two correct orders of rounding differ.
+
+    Args:
+        make_optimizer: given the list of parameters, returns the fused optimizer of exactly those.
+        module_or_shapes: a module, whose trainable parameters are copied (it does not change), or a list of shapes.
+        steps: how many updates.
+        dtype, device: of the parameters; by default on the module's device, or on the CPU.
+        seed: of the gradients, and of the parameters made from shapes. The global generators are left alone.
+
+    Raises:
+        TypeError: `make_optimizer` returns no fused optimizer.
+        ValueError: naming the argument and its value; or the optimizer's parameters are not those it was given.
+
+    >>> from fused_legw import LEGW, SGD, verify
+    >>> schedule = LEGW(0.1, 16, 0.5, batch_size=512, dataset_size=1280)
+    >>> verify(lambda params: SGD(params, lr=schedule, momentum=0.9), [(3, 5), (7,), ()], 20).passed
+    True
+    """
+    if not isinstance(steps, int) or isinstance(steps, bool) or steps < 1:
+        raise ValueError(f"steps must be a positive integer, got {steps!r}")
+    if dtype not in DTYPES:
+        raise ValueError(f"dtype must be one of {', '.join(map(str, DTYPES))}, got {dtype!r}")
+    generator = torch.Generator().manual_seed(seed)
+    named = _parameters(module_or_shapes, dtype, device, generator)
+    params = [p for _, p in named]
+    optimizer = make_optimizer(list(params))
+    _check(optimizer, params)
+    exact = _Twin(optimizer, params, torch.float64)
+    rounded = None if dtype == torch.float64 else _Twin(optimizer, params, torch.float32, stored=dtype)
+
+    start, lr_error = optimizer.steps_applied, 0.0
+    ours, theirs = _Errors(params, exact), _Errors(rounded.params, exact) if rounded else None
+    for t, gradients in enumerate(_gradients(params, steps, generator), start):
+        for p, g in zip(params, gradients, strict=True):
+            p.grad = None if g is None else g.clone()
+        optimizer.step()
+        exact.step(gradients)
+        if rounded and theirs:
+            rounded.step(gradients)
+            theirs.update()
+        ours.update()
+        lr_error = max(lr_error, _lr_error(optimizer, t))
+    rows = [
+        TensorError(name, tuple(p.shape), error, _tolerance(dtype, theirs.relative[i] if theirs else 0.0))
+        for i, ((name, p), error) in enumerate(zip(named, ours.relative, strict=True))
+    ]
+    return Verification(
+        optimizer=type(optimizer).__name__,
+        backend=optimizer.backend,
+        dtype=str(dtype).removeprefix("torch."),
+        steps=steps,
+        steps_applied=optimizer.steps_applied - start,
+        lr_error=lr_error,
+        tensors=tuple(rows),
+    )
+
+
+def _parameters(source: Any, dtype: torch.dtype, device: Any, generator: torch.Generator) -> Named:
+    if isinstance(source, nn.Module):
+        module = copy.deepcopy(source).to(device=device, dtype=dtype)
+        named = [(name, p) for name, p in module.named_parameters() if p.requires_grad]
+    else:
+        if isinstance(source, str) or not all(isinstance(shape, Sequence) for shape in source):
+            raise ValueError(f"module_or_shapes must be a module or a list of shapes, got {source!r}")
+        named = []
+        for i, shape in enumerate(source):
+            value = torch.randn(tuple(shape), generator=generator, dtype=torch.float64)
+            named.append((str(i), nn.Parameter(value.to(device=device or "cpu", dtype=dtype))))
+    if not named:
+        raise ValueError(f"module_or_shapes must have trainable parameters, got {source!r}")
+    return named
+
+
+def _check(optimizer: object, params: list[nn.Parameter]) -> None:
+    if not isinstance(optimizer, FusedOptimizer):
+        raise TypeError(f"make_optimizer must return an optimizer of fused_legw, got {optimizer!r}")
+    theirs = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    missing, other = len({id(p) for p in params} - theirs), len(theirs - {id(p) for p in params})
+    if missing or other:
+        raise ValueError(
+            "make_optimizer must return an optimizer of exactly the parameters it is given, got one "
+            f"without {missing} of them and with {other} others"
+        )
+
+
+class _Twin:
+    """The reference optimizer of a fused one's class and param groups, on copies of the parameters in one dtype."""
+
+    def __init__(
+        self,
+        optimizer: FusedOptimizer,
+        params: list[nn.Parameter],
+        dtype: torch.dtype,
+        stored: torch.dtype | None = None,
+    ) -> None:
+        """stored: what the parameters are rounded to after each step."""
+        self._stored = stored
+        self.params = [nn.Parameter(p.detach().to(dtype, copy=True)) for p in params]
+        copies = dict(zip(map(id, params), self.params, strict=True))
+        groups = []
+        for group in optimizer.param_groups:
+            lr = group["schedule"] or float(group["lr"])
+            groups.append({**group, "lr": lr, "params": [copies[id(p)] for p in group["params"]]})
+        # Whatever the fused optimizer was made with; the twin ignores what is only layout, and takes schedules as `lr`.
+        options = {**optimizer.defaults, **optimizer._options, "skip_nonfinite": optimizer.skip_nonfinite}
+        del options["schedule"]
+        self.optimizer = _twin_class(optimizer)(groups, **options)
+        self.optimizer.steps_applied = optimizer.steps_applied
+
+    def step(self, gradients: Sequence[Tensor | None]) -> None:
+        for p, g in zip(self.params, gradients, strict=True):
+            p.grad = None if g is None else g.to(p.dtype, copy=True)
+        self.optimizer.step()
+        if self._stored is not None:
+            for p in self.params:
+                p.data.copy_(p.data.to(self._stored))
+
+
+def _twin_class(optimizer: FusedOptimizer) -> Any:
+    """The reference's class of the same name; a subclass is checked against what it derives from."""
+    for base in type(optimizer).__mro__:
+        twin = getattr(reference, base.__name__, None)
+        if issubclass(base, FusedOptimizer) and isinstance(twin, type) and issubclass(twin, torch.optim.Optimizer):
+            return twin
+    raise TypeError(f"fused_legw.reference has no twin of {type(optimizer).__name__}")
+
+
+def _gradients(params: Sequence[Tensor], steps: int, generator: torch.Generator) -> Iterator[list[Tensor | None]]:
+    """Each step's gradients: all at the first, later some are None, never all."""
+    for step in range(steps):
+        values = [torch.randn(p.shape, generator=generator, dtype=torch.float64).to(p) for p in params]
+        absent = (torch.rand(len(params), generator=generator) < _NONE_PROBABILITY).tolist()
+        some = step > 0 and not all(absent)
+        yield [None if some and a else g for g, a in zip(values, absent, strict=True)]
+
+
+class _Errors:
+    """The largest error of each tensor over the steps, and its largest value in float64.
+
+    Over the steps, not at the last one: a scalar that happens to end near 0 would make a large error of a small one.
+    """
+
+    def __init__(self, params: Sequence[Tensor], exact: _Twin) -> None:
+        self._params, self._exact = params, exact.params
+        self._errors, self._scales = torch.zeros(2, len(params), dtype=torch.float64)
+
+    @torch.no_grad()
+    def update(self) -> None:
+        for i, (p, q) in enumerate(zip(self._params, self._exact, strict=True)):
+            if p.numel():
+                now = torch.stack([(p.double() - q).abs().max(), q.abs().max()]).cpu()
+                # torch.maximum, unlike Python's max, keeps a NaN.
+                self._errors[i] = torch.maximum(self._errors[i], now[0])
+                self._scales[i] = torch.maximum(self._scales[i], now[1])
+
+    @property
+    def relative(self) -> list[float]:
+        ratios = torch.where(self._errors == 0, 0.0, self._errors / self._scales)
+        return [float(ratio) for ratio in ratios]
+
+
+def _lr_error(optimizer: FusedOptimizer, t: int) -> float:
+    """How far the LR that the optimizer says it applied at its t-th update is from the schedule's."""
+    wanted = [group_lr(group, t) for group in optimizer.param_groups]
+    return max(abs(a - b) for a, b in zip(optimizer.get_last_lr(), wanted, strict=True))
+
+
+def _tolerance(dtype: torch.dtype, of_reference: float) -> float:
+    return 1e-12 if dtype == torch.float64 else 2 * of_reference + 2 * torch.finfo(dtype).eps

@@ -1,0 +1,1 @@
+"""Update rules: pure functions of one tile, given to the kernels as `tl.constexpr`."""

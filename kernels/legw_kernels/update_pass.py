@@ -1,0 +1,193 @@
+"""The pass that updates: the whole of a step of SGD, Adam and AdamW without clipping.
+
+Order comes from the order of launches alone, but for the counts, which the last program to finish advances.
+"""
+
+import triton
+import triton.language as tl
+
+from .norms import add_tile, chunk_norm, tile_norm
+from .program import begin, prepare, true_count, weight_row
+from .projection_pass import ROWS_WIDTH, row_factors
+from .tables import CHUNK_TILES, FIRST_CHUNK, FIRST_TILE, GROUP, GROUP_WIDTH, NUMEL, SEGMENT_WIDTH, STATES
+from .tiles import load_state, load_tile, load_weight, store_state, store_tile
+
+
+@triton.jit
+def _store_states(state_a, state_b, state_c, at, used, a, b, c):
+    store_state(state_a, at, used & 1, a)
+    store_state(state_b, at, used & 2, b)
+    store_state(state_c, at, used & 4, c)
+
+
+@triton.jit
+def update_tile(
+    tile, row, where, own_rows, n_segments, h, used, state_a, state_b, state_c, master,
+    ADVANCE: tl.constexpr, DIRECTION: tl.constexpr, MOMENTS_DONE: tl.constexpr, CARRY: tl.constexpr,
+    PARAM: tl.constexpr, GRAD: tl.constexpr, COMPUTE: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Update one tile of one tensor; with CARRY the norm of its weights then, else 0.
+
+    tile: among the tensor's own. row: its segment. where: its parameter's address, n_segments before its gradient's.
+    own_rows: where the rule projects, its row in `rows`.
+    """
+    # Loaded for each tile anew: what does not change from tile to tile the compiler would keep in registers, and of an
+    # address it would make a pointer for each element.
+    address = tl.load(where)
+    gradient = tl.load(where + n_segments)
+    start = tile * BLOCK
+    n = tl.load(row + NUMEL) - start
+    wide = (n >= BLOCK) & ((address | gradient) % 16 == 0)
+    at = tl.load(row + FIRST_TILE) * BLOCK + start + tl.arange(0, BLOCK)
+    p = load_tile(address, start, n, wide, PARAM, BLOCK)
+    w = load_weight(p, master, at, COMPUTE)
+    g = w
+    if not MOMENTS_DONE:
+        g = load_tile(gradient, start, n, wide, GRAD, BLOCK).to(COMPUTE) * h.scale
+    a = load_state(state_a, at, used & 1, g)
+    b = load_state(state_b, at, used & 2, g)
+    c = load_state(state_c, at, used & 4, g)
+    if not MOMENTS_DONE:
+        a, b, c = ADVANCE(w, g, a, b, c, h)
+    u = DIRECTION(w, g, a, b, c, h)
+    if own_rows is not None:
+        # Before the factors come: the registers do not hold both. Elsewhere last, which other rules' registers need.
+        _store_states(state_a, state_b, state_c, at, used, a, b, c)
+        f = row_factors(own_rows, start, COMPUTE, BLOCK)
+        u = tl.where(f != 0, u + f * w, u)  # an infinite weight must not become NaN
+    w = w - h.outer * u
+
+    p = w.to(PARAM)
+    store_tile(address, start, n, wide, p, PARAM, BLOCK)
+    if master is not None:
+        tl.store(master + at, w)
+    if not MOMENTS_DONE and own_rows is None:
+        _store_states(state_a, state_b, state_c, at, used, a, b, c)
+    norm = tl.full([], 0.0, tl.float64)
+    if CARRY:
+        norm = tile_norm(w if master is not None else p.to(COMPUTE))
+    return norm
+
+
+@triton.jit
+def count_steps(segments, addresses, groups, steps, shown, n_segments):
+    """Advance the own count of every tensor that was updated."""
+    for base in range(0, n_segments, 128):
+        k = base + tl.arange(0, 128)
+        updated = tl.load(addresses + n_segments + k, mask=k < n_segments, other=0) > 0
+        row = segments + k.to(tl.int64) * SEGMENT_WIDTH
+        group = groups + tl.load(row + GROUP, mask=updated, other=0) * GROUP_WIDTH
+        counted = updated & (tl.load(group + STATES, mask=updated, other=0.0) != 0)
+        count = tl.load(steps + k, mask=counted, other=0)
+        if shown is not None:
+            count = true_count(count, tl.load(shown + k, mask=counted, other=0.0))
+            tl.store(shown + k, (count + 1).to(tl.float32), mask=counted)
+        tl.store(steps + k, count + 1, mask=counted)
+
+
+@triton.jit
+def update_chunks(
+    segment, row, where, first, stop, inverse, norm, groups, milestones, counts, steps, shown,
+    state_a, state_b, state_c, master, partials, turn, ratios, rows, n_chunks, n_segments,
+    PREPARE: tl.constexpr, ADVANCE: tl.constexpr, DIRECTION: tl.constexpr, DIVISOR: tl.constexpr,
+    MOMENTS_DONE: tl.constexpr, CLIPPED: tl.constexpr, GLOBAL: tl.constexpr,
+    PARAM: tl.constexpr, GRAD: tl.constexpr, COMPUTE: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Update the chunks of one tensor from stop - 1 down to first."""
+    # Once for all tiles: the LR alone is some sixty operations in float64.
+    h, used = prepare(
+        segment, row, inverse, norm, counts, groups, milestones, steps, shown, partials, turn, n_chunks,
+        PREPARE, GLOBAL and not MOMENTS_DONE, True, DIVISOR, CLIPPED, COMPUTE, BLOCK,
+    )  # fmt: skip
+    own_rows = None
+    if rows is not None:
+        own_rows = rows + segment * ROWS_WIDTH
+    first_chunk = tl.load(row + FIRST_CHUNK)
+    size = tl.load(row + CHUNK_TILES)
+    tiles = (tl.load(row + NUMEL) + BLOCK - 1) // BLOCK
+    if DIVISOR is not None:
+        if first == first_chunk:
+            tl.store(ratios + segment, h.ratio.to(tl.float64))
+    for back in range(1, stop - first + 1):
+        chunk = stop - back
+        begins = (chunk - first_chunk) * size
+        ends = tl.minimum(begins + size, tiles)
+        total = tl.full([], 0.0, tl.float64)
+        for i in range(1, ends - begins + 1):
+            after = update_tile(
+                ends - i, row, where, own_rows, n_segments, h, used, state_a, state_b, state_c, master,
+                ADVANCE, DIRECTION, MOMENTS_DONE, turn is not None, PARAM, GRAD, COMPUTE, BLOCK,
+            )  # fmt: skip
+            total = add_tile(total, after, COMPUTE)
+        if turn is not None:
+            tl.store(partials + weight_row(turn, 1) * n_chunks + chunk, chunk_norm(total, COMPUTE))
+
+
+@triton.jit
+def carry_over(first, stop, partials, turn, n_chunks):
+    """Take the norms of weights along that this step leaves as they are."""
+    for chunk in range(first, stop):
+        norm = tl.load(partials + weight_row(turn, 0) * n_chunks + chunk)
+        tl.store(partials + weight_row(turn, 1) * n_chunks + chunk, norm)
+
+
+@triton.jit
+def finish_step(counts, turn, apply, COUNTS_STEP: tl.constexpr):
+    """What the last program of a step on this device does."""
+    if apply:
+        if COUNTS_STEP:
+            tl.store(counts, tl.load(counts) + 1)
+        if turn is not None:
+            tl.store(turn, tl.load(turn) ^ 1)
+    elif COUNTS_STEP:
+        tl.store(counts + 1, tl.load(counts + 1) + 1)
+
+
+@triton.jit(do_not_specialize=["n_chunks", "n_runs", "n_segments", "n_totals"])
+def update_kernel(
+    segments, addresses, chunks, groups, milestones, counts, steps, shown, ticket, state_a, state_b, state_c, master,
+    partials, turn, totals, ratios, rows, grad_scale, found_inf, nonfinite, n_chunks, n_runs, n_segments, n_totals,
+    PREPARE: tl.constexpr, ADVANCE: tl.constexpr, DIRECTION: tl.constexpr, DIVISOR: tl.constexpr,
+    MOMENTS_DONE: tl.constexpr, CLIPPED: tl.constexpr, GLOBAL: tl.constexpr, SKIP: tl.constexpr, LAST: tl.constexpr,
+    COUNTS_STEP: tl.constexpr, PARAM: tl.constexpr, GRAD: tl.constexpr, COMPUTE: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """One optimizer step over all chunks, last to first: what was measured last may still be in the cache.
+
+    DIVISOR: None without trust ratios. MOMENTS_DONE: the states are the next update's already. CLIPPED: the norms for
+    the ratios were taken of clipped gradients. LAST: no launch of this step follows on this device. COUNTS_STEP: the
+    step counts as applied.
+    """
+    apply, finite, inverse, norm = begin(totals, n_totals, grad_scale, found_inf, GLOBAL, SKIP, COMPUTE)
+    if apply:
+        for job in range(tl.program_id(0), n_runs, tl.num_programs(0)):
+            run = n_runs - 1 - tl.cast(job, tl.int64)
+            low = run * n_chunks // n_runs
+            stop = (run + 1) * n_chunks // n_runs
+            while stop > low:
+                segment = tl.load(chunks + stop - 1).to(tl.int64)
+                row = segments + segment * SEGMENT_WIDTH
+                where = addresses + segment
+                first = tl.maximum(low, tl.load(row + FIRST_CHUNK))
+                gradient = tl.load(where + n_segments)
+                if gradient > 0:
+                    update_chunks(
+                        segment, row, where, first, stop, inverse, norm, groups, milestones, counts, steps, shown,
+                        state_a, state_b, state_c, master, partials, turn, ratios, rows, n_chunks, n_segments,
+                        PREPARE, ADVANCE, DIRECTION, DIVISOR, MOMENTS_DONE, CLIPPED, GLOBAL,
+                        PARAM, GRAD, COMPUTE, BLOCK,
+                    )  # fmt: skip
+                if turn is not None:
+                    if gradient == 0:
+                        carry_over(first, stop, partials, turn, n_chunks)
+                stop = first
+    # Every warp has read the counts before this program takes its ticket; without the barrier one warp could take it
+    # while another has not, and read a count that is already the next step's.
+    tl.debug_barrier()
+    if tl.atomic_add(ticket, 1) == tl.num_programs(0) - 1:
+        tl.store(ticket, 0)
+        if apply:
+            count_steps(segments, addresses, groups, steps, shown, n_segments)
+        if LAST:
+            finish_step(counts, turn, apply, COUNTS_STEP)
+            if GLOBAL:
+                tl.store(nonfinite, 1.0 - finite.to(tl.float32))
