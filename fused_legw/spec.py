@@ -20,7 +20,7 @@ Gradients = Sequence[Tensor | None]  # one per segment of a bucket, in the param
 class Rule:
     """An optimizer's state, and what its hyper-parameters mean to the kernels and to ATen.
 
-    name: the kernels' rule, in `legw_kernels.rules.RULES`. states: torch's names, in that rule's order. counts: whether
+    name: the kernels' rule, in `legw_kernels.rules.RULES`. states: torch's names, in that rule's order. counts_steps: whether
     optimizer.state holds each parameter's "step". adapts: whether updates have a trust ratio. two_stage: whether the
     states advance as that is measured, which a global norm must come before. carries: whether the norms of the weights
     may be carried over from the last step. projects: whether updates are projected by rows, the
@@ -29,7 +29,7 @@ class Rule:
 
     name: str
     states: tuple[str, ...]
-    counts = False
+    counts_steps = False
     adapts = False
     two_stage = False
     carries = False

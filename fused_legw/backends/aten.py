@@ -130,8 +130,8 @@ class AtenBackend:
     ) -> None:
         self.device = buckets[0].device
         self._rule, self.buckets = rule, buckets
-        self.counts = torch.tensor([steps_applied, 0], dtype=torch.int64, device="cpu")
-        self._counts = self.counts.numpy()  # the same memory, in a tenth of the time
+        self.step_counts = torch.tensor([steps_applied, 0], dtype=torch.int64, device="cpu")
+        self._step_counts = self.step_counts.numpy()  # the same memory, in a tenth of the time
         self._first_columns = list(accumulate((len(bucket.segments) for bucket in buckets), initial=0))
         self._norms: dict[str, list[float]] = {}  # of each tensor, by kind, once any were taken
         self._scratch: dict[torch.dtype, tuple[Tensor, ...]] = {}
@@ -203,10 +203,10 @@ class AtenBackend:
                 self._update_all(groups, control)
         finally:
             self._gradients = ()  # zero_grad is to free them
-        self._counts[0 if apply else 1] += advance
+        self._step_counts[0 if apply else 1] += advance
 
     def _update_all(self, groups: Sequence[Group], control: Control) -> None:
-        t, inverse = int(self._counts[0]), control.inverse_scale
+        t, inverse = int(self._step_counts[0]), control.inverse_scale
         if self._rule.adapts:
             self._norms["weight"] = [0.0] * self._first_columns[-1]
         lrs = [group_lr(group, t) for group in groups]

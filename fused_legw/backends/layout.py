@@ -81,15 +81,15 @@ class Layout:
             bucket.adopt(flatten=flatten)
             if master_weights and compute_dtype(dtype) != dtype:
                 bucket.add_state(MASTER)
-            if rule.counts:
+            if rule.counts_steps:
                 bucket.show_steps()
             self._take_state(bucket, counts)
             self.buckets.append(bucket)
-        skipped = {device.device: int(device.counts[1]) for device in previous.devices} if previous else {}
+        skipped = {device.device: int(device.step_counts[1]) for device in previous.devices} if previous else {}
         for device, name in chosen.items():
             own = [bucket for bucket in self.buckets if bucket.device == device]
             self.devices.append(BACKENDS[name](rule, own, groups, steps_applied, carry_norms=carry_norms))
-            self.devices[-1].counts[1] = skipped.get(device, 0)
+            self.devices[-1].step_counts[1] = skipped.get(device, 0)
         self._carries = carry_norms and not self.counts_on_host
         self._versions = list[int]()  # of the parameters after the last step, where norms are carried over from it
         made = [bucket.weights for bucket in self.buckets if bucket.weights is not None]
@@ -123,7 +123,7 @@ class Layout:
 
     def _count_of(self, state: dict[str, Any]) -> int:
         """The counted updates of a state from outside; of SGD's all there is to know is whether there were any."""
-        if self._rule.counts:
+        if self._rule.counts_steps:
             return int(state.get(STEP, 0))
         return int(any(state.get(name) is not None for name in self._rule.states))
 
@@ -208,7 +208,7 @@ class Layout:
         usual: whether `raw` are all in that layout. alike: whether they look like the last step's. frozen: groups whose
         state is made, but which do not move.
         """
-        step = (STEP,) if self._rule.counts else ()
+        step = (STEP,) if self._rule.counts_steps else ()
         used = [(*self._rule.used_states(group), *step) for group in self._groups]
         if used != self._used:
             self._used = used

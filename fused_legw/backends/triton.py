@@ -70,7 +70,7 @@ class TritonBackend:
 
         self.device = device = buckets[0].device
         self._rule, self.buckets = rule, buckets
-        self.counts = torch.tensor([steps_applied, 0], dtype=torch.int64, device=device)
+        self.step_counts = torch.tensor([steps_applied, 0], dtype=torch.int64, device=device)
         self._tables: tuple[Table, Table] | None = None  # of the groups, and of their schedules' milestones
         self._segments = [
             torch.tensor(
@@ -148,9 +148,9 @@ class TritonBackend:
             chunks=bucket.chunks,
             groups=tables[0],
             milestones=tables[1],
-            counts=self.counts,
-            steps=bucket.steps,
-            shown=bucket.shown_steps,
+            step_counts=self.step_counts,
+            tensor_steps=bucket.tensor_steps,
+            torch_steps=bucket.torch_steps,
             ticket=ticket,
             states=(states[0], states[1], states[2]),
             master=bucket.state.get(MASTER),
@@ -250,7 +250,7 @@ class TritonBackend:
     def _address_table(self, bucket: int, dtype: torch.dtype) -> tuple[Table, Tensor]:
         key = bucket, dtype
         if key not in self._address_tables:
-            device = self.counts.device
+            device = self.step_counts.device
             if capture.capturing(device):  # before a ticket is made: its zero would only be recorded
                 raise RuntimeError(f"{dtype} gradients are new: run optimizer.step() eagerly once before capturing it")
             table = Table(2 * len(self.buckets[bucket].segments), torch.int64, device)
@@ -264,7 +264,9 @@ class TritonBackend:
         rows, on_device, milestones = list[float](), list[tuple[int, Tensor]](), list[int]()
         for group in groups:
             lr, schedule = group["lr"], group["schedule"]
-            tensor = lr if isinstance(lr, Tensor) and schedule is None and lr.device == self.counts.device else None
+            tensor = (
+                lr if isinstance(lr, Tensor) and schedule is None and lr.device == self.step_counts.device else None
+            )
             own = schedule.milestones if schedule is not None else ()
             place = len(milestones), len(own)
             milestones += own
@@ -286,7 +288,7 @@ class TritonBackend:
             clip, vectors = self._rule.clip(group), self._rule.exempts_vectors(group)
             rows += launch.group_row(recipe, tensor, place, states, clip, vectors, hyper)
         if self._tables is None:
-            device = self.counts.device
+            device = self.step_counts.device
             # Sizes hold as long as this object does: another schedule makes another, a change of the batch keeps them.
             self._tables = (
                 Table(len(rows), torch.float64, device, shared=True),

@@ -95,8 +95,8 @@ class Bucket:
     """The parameters of one (device, dtype).
 
     segments: one per parameter, in param-group order. n_tiles: of them all. chunks: int32, the segment that each chunk
-    belongs to, a few tiles of one segment. steps: int64, each segment's counted updates; both on tables_device, as is
-    shown_steps, float32, the same for optimizer.state where it has a "step". weights: the flat buffer of the parameters
+    belongs to, a few tiles of one segment. tensor_steps: int64, each segment's counted updates; both on tables_device, as is
+    torch_steps, float32, the same for optimizer.state where it has a "step". weights: the flat buffer of the parameters
     that may move, or None. state: flat buffers by name, in the compute dtype; float32 masters of low-precision
     parameters are the one named "master_param".
     """
@@ -114,8 +114,8 @@ class Bucket:
             owner += [i] * -(-tiles // size)
             self.n_tiles += tiles
         self.chunks = torch.tensor(owner, dtype=torch.int32, device="cpu").to(tables_device)
-        self.steps = torch.zeros(len(params), dtype=torch.int64, device=tables_device)
-        self.shown_steps: Tensor | None = None
+        self.tensor_steps = torch.zeros(len(params), dtype=torch.int64, device=tables_device)
+        self.torch_steps: Tensor | None = None
         self.params = [p for p, _ in params]
         self.waiting = set(range(len(params)))  # segments whose state optimizer.state does not hold yet
         self.weights: Tensor | None = None
@@ -144,31 +144,31 @@ class Bucket:
 
     def show_steps(self) -> None:
         """A view for each segment of its counted updates, in torch's form: a float32 that stops at 2^24."""
-        self.shown_steps = torch.zeros(len(self.segments), dtype=torch.float32, device=self.steps.device)
-        for segment, view in zip(self.segments, self.shown_steps.unbind(), strict=True):
+        self.torch_steps = torch.zeros(len(self.segments), dtype=torch.float32, device=self.tensor_steps.device)
+        for segment, view in zip(self.segments, self.torch_steps.unbind(), strict=True):
             segment.state[STEP] = view
 
     def set_steps(self, steps: Sequence[int]) -> None:
-        self.steps.copy_(torch.tensor(steps, dtype=torch.int64, device="cpu"))
-        if self.shown_steps is not None:
-            self.shown_steps.copy_(self.steps)
+        self.tensor_steps.copy_(torch.tensor(steps, dtype=torch.int64, device="cpu"))
+        if self.torch_steps is not None:
+            self.torch_steps.copy_(self.tensor_steps)
 
     def count(self, rows: slice | list[int], steps: int) -> None:
         """Write the counted updates of some segments."""
-        for column in (self.steps, self.shown_steps):
+        for column in (self.tensor_steps, self.torch_steps):
             if column is not None:
                 column.numpy()[rows] = steps  # a tensor's own assignment takes ten times as long
 
     def steps_are_ours(self) -> bool:
         """Whether the user has written no number to a "step"."""
-        return self.shown_steps is None or torch.equal(self.steps.float(), self.shown_steps)
+        return self.torch_steps is None or torch.equal(self.tensor_steps.float(), self.torch_steps)
 
     def exact_steps(self) -> list[int]:
         """Each segment's counted updates; where the user wrote another number to its "step", that. Reads the device."""
-        if self.shown_steps is None:
-            return self.steps.tolist()
-        same = self.steps.float() == self.shown_steps
-        return torch.where(same, self.steps, self.shown_steps.long()).tolist()
+        if self.torch_steps is None:
+            return self.tensor_steps.tolist()
+        same = self.tensor_steps.float() == self.torch_steps
+        return torch.where(same, self.tensor_steps, self.torch_steps.long()).tolist()
 
     def adopt(self, *, flatten: bool) -> None:
         """Point the parameters that may move into one buffer (if flatten), and note where each one is.

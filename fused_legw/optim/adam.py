@@ -22,7 +22,7 @@ class AdamRule(Rule):
 
     name = "adam"
     states: tuple[str, ...] = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq")
-    counts = True
+    counts_steps = True
 
     def check(self, group: Group) -> None:
         super().check(group)

@@ -109,14 +109,16 @@ class FusedOptimizer(torch.optim.Optimizer):
     @property
     def steps_applied(self) -> int:
         """Updates applied so far, the schedule's t for the next one. Reads the device; can be set."""
-        return int(self._layout.devices[0].counts[0]) if self._layout and self._layout.devices else self._host_steps
+        return (
+            int(self._layout.devices[0].step_counts[0]) if self._layout and self._layout.devices else self._host_steps
+        )
 
     @steps_applied.setter
     def steps_applied(self, value: int) -> None:
         value = count("steps_applied", value, zero=True)
         check_place(self.param_groups, value)
         for device in self._layout.devices if self._layout else ():
-            device.counts[0] = value
+            device.step_counts[0] = value
         self._host_steps, self._steps_given = value, True
         self._show_lr()
 
@@ -345,7 +347,7 @@ class FusedOptimizer(torch.optim.Optimizer):
         """How many steps changed nothing because of gradients that were not finite: 0-dim, int64, on the device."""
         if self._layout is None or not self._layout.devices:
             return torch.zeros((), dtype=torch.int64)
-        return self._layout.devices[0].counts[1]
+        return self._layout.devices[0].step_counts[1]
 
     @torch.no_grad()
     def upload_param_groups(self) -> None:

@@ -83,7 +83,7 @@ def unpack(optimizer: Any, state_dict: StateDict) -> StateDict:
         state[key] = {name: _Kept(value) if isinstance(value, Tensor) else value for name, value in values.items()}
         if key in shapes:
             check_state(f"state[{key}]", values, (*optimizer._rule.states, MASTER), shapes[key])
-            if optimizer._rule.counts and STEP in values:
+            if optimizer._rule.counts_steps and STEP in values:
                 check_step(f"state[{key}]", values[STEP])
     return {**state_dict, "state": state, "param_groups": groups}
 

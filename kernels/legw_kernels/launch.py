@@ -104,9 +104,9 @@ class Work:
     chunks: Tensor
     groups: Tensor
     milestones: Tensor
-    counts: Tensor
-    steps: Tensor
-    shown: Tensor | None
+    step_counts: Tensor
+    tensor_steps: Tensor
+    torch_steps: Tensor | None
     ticket: Tensor
     states: tuple[Tensor | None, Tensor | None, Tensor | None]
     master: Tensor | None
@@ -158,9 +158,10 @@ def measure(work: Work, *, updates: bool, gradients: bool, clips: bool, skips: b
     grid = programs(work.chunks, work.param_dtype)
     launch(
         norm_kernel, work.chunks.device, grid,
-        work.segments, work.addresses, work.chunks, work.groups, work.milestones, work.counts, work.steps, work.shown,
+        work.segments, work.addresses, work.chunks, work.groups, work.milestones, work.step_counts, work.tensor_steps,
+        work.torch_steps,
         *work.states, work.master, work.partials, work.turn, work.totals, work.grad_scale, work.found_inf,
-        n_chunks, _runs(n_chunks, grid), work.steps.numel(), work.n_totals, work.first_total,
+        n_chunks, _runs(n_chunks, grid), work.tensor_steps.numel(), work.n_totals, work.first_total,
         PREPARE=rule.prepare, ADVANCE=rule.advance, DIVISOR=rule.divisor if updates else None, STORE=rule.two_stage,
         GRADIENTS=gradients, GLOBAL=clips or skips, SKIP=skips, **work.dtypes, **tuning.options(work.param_dtype),
     )  # fmt: skip
@@ -171,11 +172,12 @@ def project(work: Work, *, clips: bool, skips: bool) -> None:
     rule, rows = RULES[work.rule], work.rows
     assert rows is not None
     height, width = tuning.piece_shape(work.tile)
-    n_sums, n_segments, device = rows.sums.shape[1], work.steps.numel(), work.chunks.device
+    n_sums, n_segments, device = rows.sums.shape[1], work.tensor_steps.numel(), work.chunks.device
     if n_pieces := rows.pieces.numel():
         launch(
             sums_kernel, device, programs(rows.pieces, work.param_dtype),
-            work.segments, work.addresses, work.groups, work.milestones, work.counts, work.steps, work.shown,
+            work.segments, work.addresses, work.groups, work.milestones, work.step_counts, work.tensor_steps,
+            work.torch_steps,
             *work.states[:2], work.master, work.totals, work.grad_scale, work.found_inf,
             rows.table, rows.pieces, rows.sums, n_pieces, n_sums, n_segments, work.n_totals,
             PREPARE=rule.prepare, ADVANCE=rule.advance, DIRECTION=rule.direction, GLOBAL=clips or skips, SKIP=skips,
@@ -199,11 +201,12 @@ def update(work: Work, *, clips: bool, skips: bool, clipped: bool, last: bool, a
     grid = programs(work.chunks, work.param_dtype, states)
     launch(
         update_kernel, work.chunks.device, grid,
-        work.segments, work.addresses, work.chunks, work.groups, work.milestones, work.counts, work.steps, work.shown,
+        work.segments, work.addresses, work.chunks, work.groups, work.milestones, work.step_counts, work.tensor_steps,
+        work.torch_steps,
         work.ticket, *work.states, work.master, work.partials, work.turn, work.totals, work.ratios,
         work.rows and work.rows.table,
         work.grad_scale, work.found_inf, work.nonfinite,
-        n_chunks, _runs(n_chunks, grid), work.steps.numel(), work.n_totals,
+        n_chunks, _runs(n_chunks, grid), work.tensor_steps.numel(), work.n_totals,
         PREPARE=rule.prepare, ADVANCE=rule.advance, DIRECTION=rule.direction, DIVISOR=rule.divisor,
         MOMENTS_DONE=rule.two_stage, CLIPPED=clipped, GLOBAL=clips or skips, SKIP=skips, LAST=last,
         COUNTS_STEP=advances, **work.dtypes, **tuning.options(work.param_dtype, states),

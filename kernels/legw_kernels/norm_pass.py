@@ -54,7 +54,7 @@ def tile_norms(
 
 @triton.jit
 def chunk_norms(
-    segment, row, where, first, stop, apply, inverse, norm, groups, milestones, counts, steps, shown,
+    segment, row, where, first, stop, apply, inverse, norm, groups, milestones, step_counts, tensor_steps, torch_steps,
     state_a, state_b, state_c, master, partials, turn, n_chunks, n_segments, small, middle, large,
     PREPARE: tl.constexpr, ADVANCE: tl.constexpr, DIVISOR: tl.constexpr, STORE: tl.constexpr,
     GRADIENTS: tl.constexpr, GLOBAL: tl.constexpr,
@@ -62,7 +62,8 @@ def chunk_norms(
 ):  # fmt: skip
     """Norms of the chunks of one tensor from first to stop - 1; the sums of squares with their gradients' added."""
     h, used = prepare(
-        segment, row, inverse, norm, counts, groups, milestones, steps, shown, partials, turn, n_chunks,
+        segment, row, inverse, norm, step_counts, groups, milestones, tensor_steps, torch_steps, partials, turn,
+        n_chunks,
         PREPARE, GLOBAL, False, DIVISOR, GLOBAL, COMPUTE, BLOCK,
     )  # fmt: skip
     size = tl.load(row + CHUNK_TILES)
@@ -109,7 +110,8 @@ def clear_chunks(first, stop, partials, turn, n_chunks):
 
 @triton.jit(do_not_specialize=["n_chunks", "n_runs", "n_segments", "n_totals", "first_total"])
 def norm_kernel(
-    segments, addresses, chunks, groups, milestones, counts, steps, shown, state_a, state_b, state_c, master, partials,
+    segments, addresses, chunks, groups, milestones, step_counts, tensor_steps, torch_steps, state_a, state_b, state_c,
+    master, partials,
     turn, totals, grad_scale, found_inf, n_chunks, n_runs, n_segments, n_totals, first_total,
     PREPARE: tl.constexpr, ADVANCE: tl.constexpr, DIVISOR: tl.constexpr, STORE: tl.constexpr,
     GRADIENTS: tl.constexpr, GLOBAL: tl.constexpr, SKIP: tl.constexpr,
@@ -131,7 +133,8 @@ def norm_kernel(
             gradient = tl.load(where + n_segments)
             if gradient > 0:
                 small, middle, large = chunk_norms(
-                    segment, row, where, first, stop, apply, inverse, norm, groups, milestones, counts, steps, shown,
+                    segment, row, where, first, stop, apply, inverse, norm, groups, milestones, step_counts,
+                    tensor_steps, torch_steps,
                     state_a, state_b, state_c, master, partials, turn, n_chunks, n_segments, small, middle, large,
                     PREPARE, ADVANCE, DIVISOR, STORE, GRADIENTS, GLOBAL, PARAM, GRAD, COMPUTE, BLOCK,
                 )  # fmt: skip

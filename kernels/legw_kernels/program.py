@@ -74,10 +74,10 @@ def true_count(count, there):
 
 
 @triton.jit
-def tensor_count(steps, shown, segment):
-    count = tl.load(steps + segment)
-    if shown is not None:
-        count = true_count(count, tl.load(shown + segment))
+def tensor_count(tensor_steps, torch_steps, segment):
+    count = tl.load(tensor_steps + segment)
+    if torch_steps is not None:
+        count = true_count(count, tl.load(torch_steps + segment))
     return count
 
 
@@ -135,7 +135,7 @@ def tensor_norm(partials, n_chunks, row, kind, COMPUTE: tl.constexpr, TILE: tl.c
 
 @triton.jit
 def prepare(
-    segment, row, inverse, norm, counts, groups, milestones, steps, shown, partials, turn, n_chunks,
+    segment, row, inverse, norm, step_counts, groups, milestones, tensor_steps, torch_steps, partials, turn, n_chunks,
     PREPARE: tl.constexpr, GLOBAL: tl.constexpr, UPDATES: tl.constexpr, DIVISOR: tl.constexpr, CLIPPED: tl.constexpr,
     COMPUTE: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
@@ -143,7 +143,7 @@ def prepare(
     group = groups + tl.load(row + GROUP) * GROUP_WIDTH
     lr = tl.full([], 0.0, tl.float64)
     if UPDATES:  # what is measured does not depend on it
-        lr = group_lr(group, tl.load(counts), milestones)
+        lr = group_lr(group, tl.load(step_counts), milestones)
     clip = inverse * 0 + 1
     if GLOBAL:
         clip = _clip_factor(norm, tl.load(group + CLIP).to(COMPUTE), tl.load(group + CLIP_DIVIDES).to(COMPUTE))
@@ -157,7 +157,7 @@ def prepare(
                 x_norm *= clip
     exempt = tl.load(row + IS_VECTOR).to(tl.float64) * tl.load(group + EXEMPT_VECTORS)
     h = PREPARE(
-        group + HYPER, lr, tensor_count(steps, shown, segment).to(tl.float64), inverse * clip, exempt,
+        group + HYPER, lr, tensor_count(tensor_steps, torch_steps, segment).to(tl.float64), inverse * clip, exempt,
         w_norm, x_norm, not UPDATES, COMPUTE,
     )  # fmt: skip
     return h, tl.load(group + STATES).to(tl.int32)

@@ -62,7 +62,7 @@ def row_factors(row, start, COMPUTE: tl.constexpr, BLOCK: tl.constexpr):
 
 @triton.jit(do_not_specialize=["n_pieces", "n_sums", "n_segments", "n_totals"])
 def sums_kernel(
-    segments, addresses, groups, milestones, counts, steps, shown, state_a, state_b, master, totals,
+    segments, addresses, groups, milestones, step_counts, tensor_steps, torch_steps, state_a, state_b, master, totals,
     grad_scale, found_inf, rows, pieces, sums, n_pieces, n_sums, n_segments, n_totals,
     PREPARE: tl.constexpr, ADVANCE: tl.constexpr, DIRECTION: tl.constexpr, GLOBAL: tl.constexpr, SKIP: tl.constexpr,
     PARAM: tl.constexpr, GRAD: tl.constexpr, COMPUTE: tl.constexpr, BLOCK: tl.constexpr,
@@ -77,7 +77,7 @@ def sums_kernel(
         gradient = tl.load(addresses + n_segments + segment)
         if gradient > 0:
             h, _used = prepare(
-                segment, row, inverse, norm, counts, groups, milestones, steps, shown, None, None, 0,
+                segment, row, inverse, norm, step_counts, groups, milestones, tensor_steps, torch_steps, None, None, 0,
                 PREPARE, GLOBAL, False, None, False, COMPUTE, BLOCK,
             )  # fmt: skip
             own = rows + segment * ROWS_WIDTH

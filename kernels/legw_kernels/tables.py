@@ -5,8 +5,9 @@ addresses  int64[2, tensors]: of each parameter's first element and its gradient
            in another launch); the one table that may change every step
 chunks     int32, one entry per chunk, some tiles of one tensor: the tensor it belongs to
 groups     float64, a row per param group: where the LR comes from, then clipping, then the hyper-parameters
-counts     int64[2]: updates applied on this device, the t of the schedule; steps skipped
-steps      int64, one per tensor: its own counted updates. shown: float32, the same for optimizer.state["step"]
+step_counts    int64[2]: updates applied on this device, the t of the schedule; steps skipped
+tensor_steps   int64, one per tensor: its own counted updates
+torch_steps    float32, one per tensor: the same, as torch shows it in optimizer.state["step"]; or None
 ticket     int32[1], zero between launches
 partials   float64[3, chunks]: norms of each chunk of the gradient (without AMP's scale), the update, the weight; with
            carried norms a fourth row, for the weight after the update

@@ -70,7 +70,7 @@ def update_tile(
 
 
 @triton.jit
-def count_steps(segments, addresses, groups, steps, shown, n_segments):
+def count_tensor_steps(segments, addresses, groups, tensor_steps, torch_steps, n_segments):
     """Advance the own count of every tensor that was updated."""
     for base in range(0, n_segments, 128):
         k = base + tl.arange(0, 128)
@@ -78,16 +78,16 @@ def count_steps(segments, addresses, groups, steps, shown, n_segments):
         row = segments + k.to(tl.int64) * SEGMENT_WIDTH
         group = groups + tl.load(row + GROUP, mask=updated, other=0) * GROUP_WIDTH
         counted = updated & (tl.load(group + STATES, mask=updated, other=0.0) != 0)
-        count = tl.load(steps + k, mask=counted, other=0)
-        if shown is not None:
-            count = true_count(count, tl.load(shown + k, mask=counted, other=0.0))
-            tl.store(shown + k, (count + 1).to(tl.float32), mask=counted)
-        tl.store(steps + k, count + 1, mask=counted)
+        count = tl.load(tensor_steps + k, mask=counted, other=0)
+        if torch_steps is not None:
+            count = true_count(count, tl.load(torch_steps + k, mask=counted, other=0.0))
+            tl.store(torch_steps + k, (count + 1).to(tl.float32), mask=counted)
+        tl.store(tensor_steps + k, count + 1, mask=counted)
 
 
 @triton.jit
 def update_chunks(
-    segment, row, where, first, stop, inverse, norm, groups, milestones, counts, steps, shown,
+    segment, row, where, first, stop, inverse, norm, groups, milestones, step_counts, tensor_steps, torch_steps,
     state_a, state_b, state_c, master, partials, turn, ratios, rows, n_chunks, n_segments,
     PREPARE: tl.constexpr, ADVANCE: tl.constexpr, DIRECTION: tl.constexpr, DIVISOR: tl.constexpr,
     MOMENTS_DONE: tl.constexpr, CLIPPED: tl.constexpr, GLOBAL: tl.constexpr,
@@ -96,7 +96,8 @@ def update_chunks(
     """Update the chunks of one tensor from stop - 1 down to first."""
     # Once for all tiles: the LR alone is some sixty operations in float64.
     h, used = prepare(
-        segment, row, inverse, norm, counts, groups, milestones, steps, shown, partials, turn, n_chunks,
+        segment, row, inverse, norm, step_counts, groups, milestones, tensor_steps, torch_steps, partials, turn,
+        n_chunks,
         PREPARE, GLOBAL and not MOMENTS_DONE, True, DIVISOR, CLIPPED, COMPUTE, BLOCK,
     )  # fmt: skip
     own_rows = None
@@ -132,20 +133,21 @@ def carry_over(first, stop, partials, turn, n_chunks):
 
 
 @triton.jit
-def finish_step(counts, turn, apply, COUNTS_STEP: tl.constexpr):
+def finish_step(step_counts, turn, apply, COUNTS_STEP: tl.constexpr):
     """What the last program of a step on this device does."""
     if apply:
         if COUNTS_STEP:
-            tl.store(counts, tl.load(counts) + 1)
+            tl.store(step_counts, tl.load(step_counts) + 1)
         if turn is not None:
             tl.store(turn, tl.load(turn) ^ 1)
     elif COUNTS_STEP:
-        tl.store(counts + 1, tl.load(counts + 1) + 1)
+        tl.store(step_counts + 1, tl.load(step_counts + 1) + 1)
 
 
 @triton.jit(do_not_specialize=["n_chunks", "n_runs", "n_segments", "n_totals"])
 def update_kernel(
-    segments, addresses, chunks, groups, milestones, counts, steps, shown, ticket, state_a, state_b, state_c, master,
+    segments, addresses, chunks, groups, milestones, step_counts, tensor_steps, torch_steps, ticket, state_a, state_b,
+    state_c, master,
     partials, turn, totals, ratios, rows, grad_scale, found_inf, nonfinite, n_chunks, n_runs, n_segments, n_totals,
     PREPARE: tl.constexpr, ADVANCE: tl.constexpr, DIRECTION: tl.constexpr, DIVISOR: tl.constexpr,
     MOMENTS_DONE: tl.constexpr, CLIPPED: tl.constexpr, GLOBAL: tl.constexpr, SKIP: tl.constexpr, LAST: tl.constexpr,
@@ -171,7 +173,8 @@ def update_kernel(
                 gradient = tl.load(where + n_segments)
                 if gradient > 0:
                     update_chunks(
-                        segment, row, where, first, stop, inverse, norm, groups, milestones, counts, steps, shown,
+                        segment, row, where, first, stop, inverse, norm, groups, milestones, step_counts, tensor_steps,
+                        torch_steps,
                         state_a, state_b, state_c, master, partials, turn, ratios, rows, n_chunks, n_segments,
                         PREPARE, ADVANCE, DIRECTION, DIVISOR, MOMENTS_DONE, CLIPPED, GLOBAL,
                         PARAM, GRAD, COMPUTE, BLOCK,
@@ -186,8 +189,8 @@ def update_kernel(
     if tl.atomic_add(ticket, 1) == tl.num_programs(0) - 1:
         tl.store(ticket, 0)
         if apply:
-            count_steps(segments, addresses, groups, steps, shown, n_segments)
+            count_tensor_steps(segments, addresses, groups, tensor_steps, torch_steps, n_segments)
         if LAST:
-            finish_step(counts, turn, apply, COUNTS_STEP)
+            finish_step(step_counts, turn, apply, COUNTS_STEP)
             if GLOBAL:
                 tl.store(nonfinite, 1.0 - finite.to(tl.float32))

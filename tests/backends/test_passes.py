@@ -150,5 +150,5 @@ def test_devices_share_norm_and_decision(triton_device, cls, kinds):
                 params[2].grad[3] = torch.inf
             optimizer.step()
         results.append([p.detach() for p in params])
-        assert all(device.counts.tolist() == [3, 1] for device in layout.devices)
+        assert all(device.step_counts.tolist() == [3, 1] for device in layout.devices)
     torch.testing.assert_close(*results, rtol=2e-6, atol=1e-7)

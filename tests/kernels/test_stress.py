@@ -53,7 +53,7 @@ def load():
 
 def _check_counts(optimizer, steps: int) -> None:
     (device,) = optimizer._layout.devices
-    assert device.counts.tolist() == [steps, 0]
+    assert device.step_counts.tolist() == [steps, 0]
     assert [int(ticket) for _, ticket in device._address_tables.values()] == [0] * len(optimizer._layout.buckets)
     for bucket in optimizer._layout.buckets:
         assert bucket.exact_steps() == [steps] * len(bucket.params)

@@ -83,7 +83,7 @@ class Compiled:
 
 _POINTERS = {
     "segments": "*i64", "addresses": "*i64", "chunks": "*i32", "groups": "*fp64", "milestones": "*i64",
-    "counts": "*i64", "steps": "*i64", "shown": "*fp32", "ticket": "*i32", "master": "*fp32", "partials": "*fp64",
+    "step_counts": "*i64", "tensor_steps": "*i64", "torch_steps": "*fp32", "ticket": "*i32", "master": "*fp32", "partials": "*fp64",
     "turn": "*i32", "totals": "*fp64", "ratios": "*fp64", "norms": "*fp64", "grad_scale": "*fp32",
     "found_inf": "*fp32", "nonfinite": "*fp32", "rows": "*i64", "pieces": "*i32", "sums": "*fp64",
 }  # fmt: skip
@@ -120,7 +120,7 @@ def compile_kernel(
     }  # fmt: skip
     absent = {
         "turn": not carry,
-        "shown": rule in ("sgd", "lars"),
+        "torch_steps": rule in ("sgd", "lars"),
         "master": not master,
         "grad_scale": not scaled,
         "found_inf": not scaled,
