@@ -18,22 +18,15 @@ Gradients = Sequence[Tensor | None]  # one per segment of a bucket, in the param
 
 
 class Rule:
-    """An optimizer's state, and what its hyper-parameters mean to the kernels and to ATen.
+    """An optimizer's state, and what its hyper-parameters mean to the kernels and to ATen."""
 
-    name: the kernels' rule, in `legw_kernels.rules.RULES`. states: torch's names, in that rule's order. counts_steps: whether
-    optimizer.state holds each parameter's "step". adapts: whether updates have a trust ratio. two_stage: whether the
-    states advance as that is measured, which a global norm must come before. carries: whether the norms of the weights
-    may be carried over from the last step. projects: whether updates are projected by rows, the
-    slices of a tensor at each index of its first dimension, which must then be contiguous in memory.
-    """
-
-    name: str
-    states: tuple[str, ...]
-    counts_steps = False
-    adapts = False
-    two_stage = False
-    carries = False
-    projects = False
+    name: str  # of the kernels' rule, in `legw_kernels.rules.registry.RULES`
+    states: tuple[str, ...]  # torch's names, in that rule's order
+    counts_steps = False  # whether optimizer.state holds each parameter's "step"
+    adapts = False  # whether updates have a trust ratio
+    two_stage = False  # whether the states advance in the norm pass, which a global norm must come before
+    carries = False  # whether the norms of the weights may be carried over from the last step
+    projects = False  # whether updates are projected by rows, which must then be contiguous in memory
 
     def check(self, group: Group) -> None:
         """Raise for options of the wrong kind or out of range, however they came into the group; LRs are checked apart.

@@ -92,20 +92,15 @@ def may_move(p: Tensor) -> bool:
 
 
 class Bucket:
-    """The parameters of one (device, dtype).
-
-    segments: one per parameter, in param-group order. n_tiles: of them all. chunks: int32, the segment that each chunk
-    belongs to, a few tiles of one segment. tensor_steps: int64, each segment's counted updates; both on tables_device, as is
-    torch_steps, float32, the same for optimizer.state where it has a "step". weights: the flat buffer of the parameters
-    that may move, or None. state: flat buffers by name, in the compute dtype; float32 masters of low-precision
-    parameters are the one named "master_param".
-    """
+    """The parameters of one (device, dtype), in param-group order, and their flat buffers."""
 
     def __init__(self, params: Sequence[tuple[Tensor, int]], tile: int, tables_device: torch.device) -> None:
+        """params: each parameter and its index into param_groups. tables_device: where kernels read their tables."""
         first = params[0][0]
         self.device, self.dtype, self.tile = first.device, first.dtype, tile
-        self.segments: list[Segment] = []
-        self.n_tiles = 0
+        self.params = [p for p, _ in params]
+        self.segments: list[Segment] = []  # one per parameter
+        self.n_tiles = 0  # of all segments
         owner: list[int] = []
         for i, (p, group) in enumerate(params):
             tiles = self._tiles_of(p)
@@ -113,13 +108,14 @@ class Bucket:
             self.segments.append(Segment(p, group, self.n_tiles, len(owner), size))
             owner += [i] * -(-tiles // size)
             self.n_tiles += tiles
+        # On tables_device: the segment of each chunk, int32; each segment's counted updates, int64; the same in torch's
+        # form, float32, where optimizer.state has a "step".
         self.chunks = torch.tensor(owner, dtype=torch.int32, device="cpu").to(tables_device)
         self.tensor_steps = torch.zeros(len(params), dtype=torch.int64, device=tables_device)
         self.torch_steps: Tensor | None = None
-        self.params = [p for p, _ in params]
         self.waiting = set(range(len(params)))  # segments whose state optimizer.state does not hold yet
-        self.weights: Tensor | None = None
-        self.state: dict[str, Tensor] = {}
+        self.weights: Tensor | None = None  # the flat buffer of the parameters that may move
+        self.state: dict[str, Tensor] = {}  # flat buffers by name, in the compute dtype; MASTER's hold float32 masters
 
     def _tiles_of(self, p: Tensor) -> int:
         return -(-p.numel() // self.tile)

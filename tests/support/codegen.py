@@ -83,9 +83,10 @@ class Compiled:
 
 _POINTERS = {
     "segments": "*i64", "addresses": "*i64", "chunks": "*i32", "groups": "*fp64", "milestones": "*i64",
-    "step_counts": "*i64", "tensor_steps": "*i64", "torch_steps": "*fp32", "ticket": "*i32", "master": "*fp32", "partials": "*fp64",
-    "turn": "*i32", "totals": "*fp64", "ratios": "*fp64", "norms": "*fp64", "grad_scale": "*fp32",
-    "found_inf": "*fp32", "nonfinite": "*fp32", "rows": "*i64", "pieces": "*i32", "sums": "*fp64",
+    "step_counts": "*i64", "tensor_steps": "*i64", "torch_steps": "*fp32", "ticket": "*i32", "master": "*fp32",
+    "partials": "*fp64", "turn": "*i32", "totals": "*fp64", "ratios": "*fp64", "norms": "*fp64",
+    "grad_scale": "*fp32", "found_inf": "*fp32", "nonfinite": "*fp32", "rows": "*i64", "pieces": "*i32",
+    "sums": "*fp64",
 }  # fmt: skip
 _STATES = {"sgd": 1, "lars": 1, "adam": 2, "adamp": 2, "lamb": 2}
 _MODULES = {
