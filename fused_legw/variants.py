@@ -44,8 +44,6 @@ LARS: dict[str, Axes] = {
     "moco": _lars(0.001, 0, "norm_of_sum", "torch", False, "vectors", "one"),
     "optax": _lars(0.001, 0, "norm_of_sum", "scaled", False, "nothing", "one"),
 }
-
-
 PLAIN_MOMENTUM_ONLY = ("nvidia", "rocm")  # variants that define neither nesterov nor dampening
 
 
@@ -73,19 +71,13 @@ LAMB: dict[str, Axes] = {
     "deepspeed": _lamb("step_size", None, (0.01, 10.0), "nothing", 1e-8, 0.0),
     "optax": _lamb(True, None, None, "nothing", 1e-6, 0.0),
 }
-
-
 DIVIDING = ("author-tf", "apex", "timm")  # variants whose clipping is g / max(1, norm / c)
-
-
 CHOICES: dict[str, tuple[Any, ...]] = {
     "form": ("scaled", "corrected", "torch", "unscaled", "popular"),
     "denominator": ("sum_of_norms", "norm_of_sum"),
     "zero_norm": ("one", "denominator", "plain"),
     "bias_correction": (True, False, "step_size"),
 }
-
-
 CHECKS: dict[str, Callable[[str, Any], None]] = {
     "trust_coefficient": check_number,
     "trust_clip": check_flag,

@@ -13,10 +13,7 @@ import torch
 from torch import Tensor
 
 CLASSES = 10
-
-
 SPLIT_SEED = 0
-
 
 # scikit-learn's 1797 digits: 1024 to train on, so that every batch up to x64 divides it, and 400 to test on.
 TRAIN, TEST = 1024, 400

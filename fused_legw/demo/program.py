@@ -26,24 +26,15 @@ from . import digits, results
 from .results import Run
 
 MOMENTUM = 0.9
-
-
 MULTIPLES = 1, 4, 16, 32
-
 
 # name: (scaling of the peak LR, whether with LEGW's warm-up). Linear scaling gets LEGW's, so only the peak differs.
 SCALINGS = {"baseline": ("none", True), "legw": ("sqrt", True), "linear": ("linear", True), "sqrt": ("sqrt", False)}
-
-
 TITLES = {"legw": "LEGW", "linear": "linear scaling, LEGW's warm-up", "sqrt": "sqrt scaling, no warm-up"}
-
 
 # What the selection tries. At x32 the longest warm-up is 16 of 60 epochs: a longer one would leave little to train.
 LRS = 0.025, 0.05, 0.1, 0.2, 0.4
-
-
 WARMUPS = 0.125, 0.25, 0.5
-
 
 # Not the seeds of the recorded runs, 0 to 4.
 SELECTION_SEEDS = range(100, 105)
@@ -75,7 +66,6 @@ class Recipe:
 
 # What `--tune` selected (examples/results/selection.csv), before any larger batch was run.
 DIGITS = Recipe(batch_size=16, lr=0.2, warmup_epochs=0.25, epochs=60, hidden=64)
-
 
 # The size and length of the paper's MNIST-LSTM; its LR and warm-up are not tuned (`--tune --data DIR` does).
 MNIST = Recipe(batch_size=128, lr=0.1, warmup_epochs=0.25, epochs=25, hidden=128)

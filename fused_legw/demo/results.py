@@ -16,8 +16,6 @@ RUN_COLUMNS = (
     *("scaling", "batch", "seed", "peak_lr", "warmup_epochs", "warmup_updates", "updates"),
     *("test_accuracy", "final_loss", "seconds"),
 )
-
-
 SUMMARY_COLUMNS = (
     *("scaling", "batch", "peak LR", "warm-up epochs", "updates"),
     *("accuracy, %", "vs baseline, points", "lowest to highest", "seconds"),
