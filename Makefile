@@ -5,7 +5,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/ready
 
-.PHONY: demo test codes lint codegen examples bench report gpu clean
+.PHONY: demo test quick codes lint codegen examples bench report gpu dist clean
 
 demo: $(READY)
 	$(BIN)/fused-legw demo
@@ -19,6 +19,10 @@ values-%: $(READY)
 
 codes: $(READY)
 	$(BIN)/pytest -m codegen
+
+# For people at work: the folders that need seconds, with ATen alone.
+quick: $(READY)
+	$(BIN)/pytest -m "not codegen" tests/schedules tests/buffers tests/optim tests/contract
 
 lint: $(READY)
 	$(BIN)/ruff check
@@ -39,6 +43,10 @@ examples: $(READY)
 report: $(READY)
 	$(BIN)/python -m benchmarks.report
 
+# Wheel and sdist, as a release would upload them.
+dist: $(READY)
+	$(BIN)/python -m build --no-isolation
+
 gpu:
 	$(PYTHON) -m tests.gpu $(ARGS)
 
@@ -50,4 +58,4 @@ $(READY): requirements.txt pyproject.toml
 	touch $@
 
 clean:
-	rm -rf $(VENV) out dist .benchmarks .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) .venv-docs out site dist .benchmarks .pytest_cache .mypy_cache .ruff_cache

@@ -17,7 +17,7 @@ from .training.gradient_norms import DistributedNorms, MicroBatchNorms
 from .training.noise_scale import GradientNoiseScale
 from .verification.compare import verify
 
-__version__ = "0.1.0.dev0"
+__version__ = "0.1.0"
 __all__ = [
     "LAMB",
     "LARS",
