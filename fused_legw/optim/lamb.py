@@ -1,4 +1,4 @@
-"""LAMB (You et al. 2019) in the variants people mean, fused with its LEGW schedule."""
+"""LAMB (You et al. 2019) in the published variants, fused with its LEGW schedule."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""LARS (You, Gitman, Ginsburg 2017) in the variants people mean, fused with its LEGW schedule."""
+"""LARS (You, Gitman, Ginsburg 2017) in the published variants, fused with its LEGW schedule."""
 
 from __future__ import annotations
 
