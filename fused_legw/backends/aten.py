@@ -128,6 +128,8 @@ class AtenBackend(Backend):
         self._first_columns = list(accumulate((len(bucket.segments) for bucket in buckets), initial=0))
         self._gradients: Sequence[Gradients] = ()  # of the step that has begun, by bucket
         self._generation = -1  # of those; see `GradientSet`
+        self._options = -1  # the generation of options that the next is of
+        self._hypers: dict[int, Any] = {}  # hyper-parameters by group, read
         self._norms: dict[str, list[float]] = {}  # of each tensor, by kind, once any were taken
         self._norm = 0.0  # of all gradients
         self._takes_norms_later = False  # the update takes the gradients' norms, batch by batch
@@ -143,6 +145,8 @@ class AtenBackend(Backend):
                 "backend='aten' cannot be captured: its LR and counts are on the host; use backend='triton'"
             )
         self._gradients, self._generation = found.by_bucket, found.generation
+        if options != self._options:
+            self._options, self._hypers = options, {}
         if not self._norms and (control.global_norm or self._spec.adapts):
             self._norms = {kind: [0.0] * self._first_columns[-1] for kind in ("gradient", "weight", "ratio")}
 
@@ -235,7 +239,9 @@ class AtenBackend(Backend):
         if self._spec.adapts:
             tensors.exempts_vectors = self._spec.exempts_vectors(group)
             self._take_norms(batch, tensors, inverse, clip)
-        self._spec.aten(tensors, hyper_floats(self._spec.hyper(group)), lr)
+        if (hyper := self._hypers.get(batch.group)) is None:
+            hyper = self._hypers[batch.group] = hyper_floats(self._spec.hyper(group))
+        self._spec.aten(tensors, hyper, lr)
         if self._spec.adapts:
             batch.put(self._norms["ratio"], tensors.ratios)
         if bucket.dtype != compute:

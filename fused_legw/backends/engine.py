@@ -50,7 +50,9 @@ class Engine:
             own = [bucket for bucket in layout.buckets if bucket.device == device]
             self.devices.append(make_backend(name, spec, own, steps_applied, carry_norms=carry_norms))
             self.devices[-1].step_counts[1] = skipped.get(device, 0)
+        self.counts_on_host = all(device.counts_on_host for device in self.devices)
         self._carries = carry_norms and not self.counts_on_host
+        self._passes: tuple[object, tuple[Pass, ...]] = None, ()  # of the last step, and what they follow from
         self._versions = list[int]()  # of the parameters after the last step, where norms are carried over from it
         self._replayed = list[frozenset[object]]()  # what each captured step has; see `needs`
         # A captured graph goes on addressing the buffers and tables it was captured with.
@@ -59,22 +61,27 @@ class Engine:
             self._kept = [*previous._kept, *([previous] if any(device.captured for device in previous.devices) else [])]
 
     @property
-    def counts_on_host(self) -> bool:
-        return all(device.counts_on_host for device in self.devices)
-
-    @property
     def capturing(self) -> bool:
         return capture.any_capturing(device.device for device in self.devices)
 
-    def step(self, groups: Sequence[Group], found: GradientSet, control: StepControl, options: int) -> None:
-        """One step on every device. options: grows by one whenever an option of any group changes."""
-        self._see_versions()
+    def step(self, groups: Sequence[Group], found: GradientSet, control: StepControl, options: int) -> bool:
+        """One step on every device; returns whether a graph capture has recorded it instead of making it.
+
+        options: grows by one whenever an option of any group changes.
+        """
+        follows_from = options, control.clips, control.global_norm
+        if follows_from != self._passes[0]:
+            every = passes(self._spec, groups, clips=control.clips, global_norm=control.global_norm)
+            self._passes = follows_from, every
+        if self._carries:
+            self._see_versions()
         try:
             for device in self.devices:
                 device.begin(groups, self._own(device, found), control, others=len(self.devices) - 1, options=options)
-            if self.capturing:
+            recorded = self.capturing
+            if recorded:
                 self._replayed.append(needs(self._spec, groups))
-            for what in passes(self._spec, groups, clips=control.clips, global_norm=control.global_norm):
+            for what in self._passes[1]:
                 self._run(what, groups, control)
         finally:
             for device in self.devices:
@@ -82,7 +89,9 @@ class Engine:
         # Autograd must see the change, which ATen's fused kernels do not tell: it refuses a backward pass through what
         # was saved before.
         torch.autograd.graph.increment_version(found.moving)
-        self._note_versions()
+        if self._carries:
+            self._versions = self._versions_now()
+        return recorded
 
     def _own(self, device: Backend, found: GradientSet) -> GradientSet:
         """The gradients of one device's buckets."""
@@ -106,8 +115,9 @@ class Engine:
             raise RuntimeError(
                 "an option changed what a step consists of (clipping or state): make a step, then capture it again"
             )
-        self._see_versions()
-        self._note_versions()
+        if self._carries:
+            self._see_versions()
+            self._versions = self._versions_now()
         for device in self.devices:
             device.write_groups(groups)
 
@@ -119,14 +129,10 @@ class Engine:
 
     def _see_versions(self) -> None:
         """If parameters have changed since the last step, the norms that it left are of no use."""
-        if self._carries and self._versions != self._versions_now():
+        if self._versions != self._versions_now():
             # A graph would forget the norms at every replay, and an eager step before the first would not.
             capture.refuse(self._layout.devices, "weights changed since the last step")
             self.weights_changed()
-
-    def _note_versions(self) -> None:
-        if self._carries:
-            self._versions = self._versions_now()
 
     def _versions_now(self) -> list[int]:
         return [version(p) for bucket in self._layout.buckets for p in bucket.params]

@@ -90,6 +90,7 @@ class FusedOptimizer(StepReports, torch.optim.Optimizer):
         self._host_steps = 0  # what the host knows of steps_applied without asking a device
         self._steps_given = False
         self._checked = CheckedOptions(self._spec, defaults)
+        self._clips = -1, False  # whether any group clips, and the generation of options that this is of
         super().__init__(params, defaults)
         self.register_state_dict_post_hook(checkpoint.pack)  # type: ignore[arg-type]
         self._adopt()
@@ -292,15 +293,17 @@ class FusedOptimizer(StepReports, torch.optim.Optimizer):
     def _update(self, found: GradientSet, frozen: set[int]) -> None:
         assert self._engine is not None
         scheduled = {i for i, group in enumerate(self.param_groups) if group["schedule"] is not None}
+        if self._clips[0] != self._checked.generation:
+            self._clips = self._checked.generation, self._spec.clips(self.param_groups)
         control = StepControl(
-            clips=self._spec.clips(self.param_groups),
+            clips=self._clips[1],
             skips=self.skip_nonfinite or self._finds_nonfinite,
             counts_step=not scheduled or not scheduled <= frozen,
             grad_scale=getattr(self, "grad_scale", None),
             found_inf=None if self._finds_nonfinite else getattr(self, "found_inf", None),
         )
-        self._engine.step(self.param_groups, found, control, self._checked.generation)
-        if control.counts_step and not self._engine.capturing:
+        recorded = self._engine.step(self.param_groups, found, control, self._checked.generation)
+        if control.counts_step and not recorded:
             self._host_steps = self.steps_applied if self._engine.counts_on_host else self._host_steps + 1
             self._shown.show(self.param_groups, self._host_steps)
 
@@ -372,7 +375,7 @@ class FusedOptimizer(StepReports, torch.optim.Optimizer):
                 group["schedule"] = schedule.become(group["schedule"])
         if copied:
             self._layout, self._engine, self._host_steps, self._steps_given = None, None, 0, False
-            self._checked = CheckedOptions(self._spec, self.defaults)
+            self._checked, self._clips = CheckedOptions(self._spec, self.defaults), (-1, False)
             self.register_state_dict_post_hook(checkpoint.pack)  # type: ignore[arg-type]
         self._shown = ShownLR()
         self._host_steps = self.steps_applied if steps_applied is None else steps_applied

@@ -73,14 +73,16 @@ class CheckedOptions:
         self._spec = spec
         self._names = tuple(defaults.keys() - {"lr"})
         self._passed: list[Same] = []  # by group, the options that passed last
-        self._used: list[tuple[object, ...]] = []  # by group, what a step made of them beside those
+        self._lrs: list[object] = []  # by group, the LR or the schedule's constants then; None: tensors, at any rate
+        self._in_place: list[bool] = []  # by group, whether a tensor in a tuple can change without being replaced
         self.generation = 0  # grows by one whenever the value of an option, of any group, may have changed
 
     def check(self, groups: Sequence[Group]) -> None:
         """Refuse the options of every group, but its LR."""
         changed = len(self._passed) != len(groups)
         if changed:
-            self._passed, self._used = [Same() for _ in groups], [()] * len(groups)
+            self._passed, self._in_place = [Same() for _ in groups], [False] * len(groups)
+            self._lrs = [None] * len(groups)
         for i, group in enumerate(groups):
             options = [group.get("lr_scale", 1.0), *map(group.get, self._names)]
             if not self._passed[i].holds(options):
@@ -88,22 +90,14 @@ class CheckedOptions:
                 self._passed[i].forget()
                 with checks.naming(f"param_groups[{i}]"):
                     self._spec.check(group)
+                self._in_place[i] = any(type(x) is tuple and any(map(torch.is_tensor, x)) for x in options)
                 if self._IMMUTABLE.issuperset(map(type, options)):
                     self._passed[i].keep(options)
-            used = self._beside(group, options)
-            if used is None or used != self._used[i]:
-                changed, self._used[i] = True, used or ()
+            schedule = group["schedule"]
+            lr = group["lr"] if schedule is None else schedule.constants
+            if lr is not self._lrs[i] or isinstance(lr, Tensor) or self._in_place[i]:
+                changed, self._lrs[i] = True, lr
         self.generation += changed
-
-    @staticmethod
-    def _beside(group: Group, options: Sequence[object]) -> tuple[object, ...] | None:
-        """What decides over a step beside the options' identity: the LR, or its constants. None: may always change."""
-        if any(type(option) is tuple and any(map(torch.is_tensor, option)) for option in options):
-            return None
-        lr, schedule = group["lr"], group["schedule"]
-        if schedule is not None:
-            return (schedule.constants,)
-        return None if isinstance(lr, Tensor) else (lr,)
 
 
 class ShownLR:
