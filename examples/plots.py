@@ -2,7 +2,9 @@
 
 from statistics import fmean
 
-from .record import TITLES, Record
+from fused_legw.demo.training import TITLES
+
+from .record import Record
 
 COLORS = {"legw": "tab:blue", "linear": "tab:red", "sqrt": "tab:green"}
 

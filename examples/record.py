@@ -3,7 +3,7 @@
 import json
 from statistics import fmean
 
-TITLES = {"legw": "LEGW", "linear": "linear scaling, LEGW's warm-up", "sqrt": "sqrt scaling, no warm-up"}
+from fused_legw.demo.training import TITLES
 
 
 def read(file):
@@ -15,7 +15,7 @@ def reaches(app, quality, target):
     return quality is not None and (quality >= target if app.higher else quality <= target)
 
 
-class Group:
+class BatchRuns:
     """The runs of one arm at one batch, a row per seed."""
 
     def __init__(self, rows):
@@ -55,7 +55,7 @@ class Record:
         grouped = {}
         for row in rows:
             grouped.setdefault((row["arm"], row["batch_size"]), []).append(row)
-        self.groups = [Group(rows) for rows in grouped.values()]
+        self.groups = [BatchRuns(rows) for rows in grouped.values()]
         self.groups.sort(key=lambda g: (g.batch, ["baseline", *TITLES].index(g.arm)))
         self.baseline = next((group for group in self.groups if group.arm == "baseline"), None)
         self.target = None

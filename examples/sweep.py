@@ -13,14 +13,13 @@ from tqdm import tqdm
 from benchmarks.provenance import commit, device_name
 from fused_legw import LEGW
 from fused_legw.backends.select import explain_backend
-from fused_legw.demo.program import select
+from fused_legw.demo.training import SCALINGS
 
-from .application import ARMS, need
+from .application import need
 from .plots import plot
 from .record import reaches, read
+from .selection import choose, grid
 from .trainer import OPTIMIZERS, Settings, train
-
-TUNING_SEEDS = 100, 101  # never those of recorded runs, which are 0, 1, 2, ...
 
 
 @dataclass(frozen=True)
@@ -47,10 +46,9 @@ def sweep(app, batches, arms, seeds):
 
 def tuning(app):
     base = app.recipe.batch_size
-    grid = [(lr, warmup, seed) for seed in TUNING_SEEDS for lr in app.lrs for warmup in app.warmups]
     return [
         Planned("baseline", app.schedule(base, base_lr=lr, base_warmup_epochs=warmup), seed, "validation")
-        for lr, warmup, seed in grid
+        for lr, warmup, seed in grid(app)
     ]
 
 
@@ -97,17 +95,6 @@ def _rounded(value):
     return float(f"{value:.6g}") if math.isfinite(value) else None
 
 
-def choose(app, rows):
-    """(LR, warm-up epochs) by the rule of `fused_legw.demo.select`, from the tuning's last validation qualities."""
-    scores: dict[tuple[float, float], list[float]] = {}
-    for row in rows:
-        pair = row["schedule"]["base_lr"], row["schedule"]["base_warmup_epochs"]
-        # Perplexities compare by their logarithms. A run that diverged gets a figure that no other gets.
-        value = row["quality"] if app.higher else -math.log(row["quality"] or 1e9)
-        scores.setdefault(pair, []).append((-1e3 if not app.higher else 0.0) if row["diverged"] else value)
-    return select(scores)
-
-
 # The command line
 
 
@@ -121,7 +108,7 @@ def _parser(app):
         "--batch-size", type=int, nargs="+", metavar="B", help=f"(default: {batches}; with --data the recipe's times k)"
     )
     add("--seeds", type=int, default=1, metavar="N", help="seeds 0 to N-1 (default: 1; recorded: 3)")
-    add("--arms", nargs="+", choices=list(ARMS), default=list(ARMS), help="scaling rules of the larger batches")
+    add("--arms", nargs="+", choices=list(SCALINGS), default=list(SCALINGS), help="scaling rules of the larger batches")
     add("--lr", type=float, help="peak LR at the recipe's batch, instead of the recipe's")
     add("--warmup-epochs", type=float, help="warm-up at the recipe's batch, instead of the recipe's")
     add("--epochs", type=float, help="length of every run, instead of the recipe's")
@@ -186,7 +173,7 @@ def main(app, arguments=None):
         print("chosen: LR {:g}, warm-up {:g} epochs".format(*choose(app, rows)))
         return
     rows = run(app, plan, settings, args.output / f"{app.name}.jsonl")
-    print(app.title, report.table(app, rows), sep="\n")
+    print(app.title, report.sweep_table(app, rows), sep="\n")
     plot(app, rows, args.output / f"{app.name}.png")
     print(f"written to {args.output}")
     if args.quick:
