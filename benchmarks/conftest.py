@@ -11,9 +11,9 @@ import pytest
 import torch
 
 from . import provenance, results
-from .floor import FAMILIES
-from .measure import Outcome, Setting, measure
-from .plan import Case, Group
+from .cases import Case, CaseGroup
+from .least_bytes import FAMILIES
+from .rounds import Outcome, Setting, time_contenders
 from .shapes import shapes_of, smaller
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # then everything is the CPU's, and nothing the interpreter's
@@ -49,7 +49,7 @@ def pytest_sessionstart(session: pytest.Session) -> None:
         raise pytest.UsageError(f"files differ from the commit: commit them or give --allow-dirty\n{_listed(dirty)}")
     if not config.getoption("tests_passed") and not provenance.tests_pass():
         raise pytest.UsageError("tests fail: nothing is measured")
-    config.stash[RUN] = Run(config, commit + ("-dirty" if dirty else ""), began)
+    config.stash[RUN] = BenchmarkRun(config, commit + ("-dirty" if dirty else ""), began)
 
 
 def _listed(lines: list[str]) -> str:
@@ -69,13 +69,13 @@ def case_of(item: pytest.Item) -> Case | None:
     return spec.params.get("case") if spec else None
 
 
-class Run:
+class BenchmarkRun:
     """One run: what it measured so far, and where it writes that."""
 
     def __init__(self, config: pytest.Config, commit: str, began: float) -> None:
         self.config, self.facts = config, provenance.facts(DEVICE, commit)
         self.deadline = began + config.getoption("budget")
-        self.measured: dict[Group, dict[Case, tuple[Outcome, results.Row]]] = {}
+        self.measured: dict[CaseGroup, dict[Case, tuple[Outcome, results.Row]]] = {}
         self.smoke: bool = config.getoption("smoke")
         folder = config.getoption("results") or (None if self.smoke else provenance.RESULTS)
         self.file = folder and folder / f"{provenance.file_name(self.facts['device'])}.csv"
@@ -99,7 +99,7 @@ class Run:
             shapes = smaller(shapes_of(group.model), 32) if self.smoke else shapes_of(group.model)
             limit = 0.0 if self.smoke else self.config.getoption("seconds_per_case")
             setting = Setting(shapes, getattr(torch, group.dtype), group.bookkeeping, DEVICE, limit)
-            outcomes = measure([case.contender for case in cases if case.contender], setting, self._say)
+            outcomes = time_contenders([case.contender for case in cases if case.contender], setting, self._say)
             rows = results.rows_of(cases, outcomes, shapes)
         rows = [{**row, **self.facts} for row in rows]
         if self.file:
@@ -115,7 +115,7 @@ class Run:
                 reporter.write(f"[{name}] ")
 
 
-RUN = pytest.StashKey[Run]()
+RUN = pytest.StashKey[BenchmarkRun]()
 
 
 @pytest.hookimpl(tryfirst=True)

@@ -14,8 +14,8 @@ import fused_legw
 from fused_legw.backends.select import explain_backend
 
 from . import baselines
-from .floor import FAMILIES
 from .full_step import SCHEDULE, Step, around, captured, ours
+from .least_bytes import FAMILIES
 from .peers import PEERS, Peer
 
 Make = Callable[[list[Tensor], str], Step]

@@ -9,7 +9,7 @@ from typing import Any
 from matplotlib import colormaps
 from matplotlib.figure import Figure
 
-from .floor import FAMILIES, floor_bytes
+from .least_bytes import FAMILIES, bytes_per_parameter
 from .results import Row
 from .shapes import FLAT
 
@@ -50,7 +50,7 @@ def time_against_parameters(rows: Sequence[Row], file: Path) -> bool:
                 x, y = [int(r["parameters"]) for r in some], [float(r["median_us"]) for r in some]
                 ax.plot(x, y, style, color=color, label=label if flat else None, linewidth=1)
         sizes = sorted(int(r["parameters"]) for r in of_family)
-        floor = [floor_bytes(family, "float32", "plain") * n / fastest_copy / 1e3 for n in sizes]
+        floor = [bytes_per_parameter(family, "float32", "plain") * n / fastest_copy / 1e3 for n in sizes]
         ax.plot(sizes, floor, "k:", label=f"floor at {fastest_copy:.0f} GB/s", linewidth=1)
         ax.set(xscale="log", yscale="log", title=family, xlabel="parameters")
         ax.grid(alpha=0.3)

@@ -8,9 +8,9 @@ from itertools import groupby
 from pathlib import Path
 
 from . import results
-from .floor import FAMILIES
+from .cases import MEASURED_DTYPES
 from .full_step import BOOKKEEPING
-from .plan import DTYPES
+from .least_bytes import FAMILIES
 from .provenance import RESULTS
 from .results import Row
 
@@ -59,7 +59,7 @@ def markdown(rows: Sequence[Row], images: Iterable[str] = ()) -> str:
         first = members[0]
         size = f"{int(first['parameters']):,} parameters in {int(first['tensors']):,} tensors"
         lines += ["", f"### {', '.join(first[name] for name in GROUP)}: {size}", ""]
-        lines += table(HEAD, map(_line, members))
+        lines += table_lines(HEAD, map(_line, members))
     return "\n".join([*lines, "", "## Not run", "", *not_run(rows)]) + "\n"
 
 
@@ -71,7 +71,7 @@ def overview(rows: Sequence[Row]) -> list[str]:
     for row in sorted(ours, key=lambda r: (_place(r), -float(r["median_us"]))):  # the fastest is kept, as the last
         fastest.setdefault((row["family"], row["dtype"], row["bookkeeping"]), {})[row["model"]] = row
     lines = [[*key, *(_brief(of[model]) if model in of else "" for model in models)] for key, of in fastest.items()]
-    return ["Median µs; in brackets, of the best torch's.", "", *table(["", "", "", *models], lines)]
+    return ["Median µs; in brackets, of the best torch's.", "", *table_lines(["", "", "", *models], lines)]
 
 
 def _brief(row: Row) -> str:
@@ -91,7 +91,7 @@ def not_run(rows: Sequence[Row]) -> list[str]:
     return [f"- {why}: {some}." for why, some in lines.items()] or ["Nothing."]
 
 
-def table(head: Sequence[str], lines: Iterable[Sequence[str]]) -> list[str]:
+def table_lines(head: Sequence[str], lines: Iterable[Sequence[str]]) -> list[str]:
     """The lines of a Markdown table."""
     rule = ["---", *["---:"] * (len(head) - 1)]
     return ["| " + " | ".join(cells) + " |" for cells in (head, rule, *lines)]
@@ -99,7 +99,7 @@ def table(head: Sequence[str], lines: Iterable[Sequence[str]]) -> list[str]:
 
 def _place(row: Row) -> tuple[int, int, int, int, str]:
     """Where a group stands on the page."""
-    family, dtype = FAMILIES.index(row["family"]), DTYPES.index(row["dtype"])
+    family, dtype = FAMILIES.index(row["family"]), MEASURED_DTYPES.index(row["dtype"])
     return family, dtype, BOOKKEEPING.index(row["bookkeeping"]), int(row["parameters"]), row["model"]
 
 

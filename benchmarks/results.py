@@ -9,9 +9,9 @@ from pathlib import Path
 
 import numpy as np
 
-from .floor import floor_bytes
-from .measure import Outcome
-from .plan import Case
+from .cases import Case
+from .least_bytes import bytes_per_parameter
+from .rounds import Outcome
 
 Row = dict[str, str]
 
@@ -41,7 +41,7 @@ def rows_of(cases: Sequence[Case], outcomes: Sequence[Outcome], shapes: Sequence
         row = {**empty_row(case), "status": outcome.status, "error": outcome.error}
         row.update(tensors=f"{len(shapes)}", parameters=f"{elements}")
         if outcome.status == "ok":
-            moved = elements * floor_bytes(case.group.family, case.group.dtype, case.group.bookkeeping)
+            moved = elements * bytes_per_parameter(case.group.family, case.group.dtype, case.group.bookkeeping)
             p20, p80 = np.percentile(outcome.times, [20, 80])
             measured = {
                 "median_us": 1e6 * middle,

@@ -7,15 +7,15 @@ from dataclasses import dataclass
 import torch
 
 from .contenders import CONTENDERS, Contender
-from .floor import FAMILIES
 from .full_step import BOOKKEEPING
+from .least_bytes import FAMILIES
 from .shapes import FLAT, MODELS
 
-DTYPES = ("float32", "bfloat16")
+MEASURED_DTYPES = ("float32", "bfloat16")
 
 
 @dataclass(frozen=True)
-class Group:
+class CaseGroup:
     """What is compared with each other: same family, shapes, dtype and bookkeeping."""
 
     family: str
@@ -31,7 +31,7 @@ class Group:
 class Case:
     """One row of the results. A group that is not run, and a package that is not installed, have one row each."""
 
-    group: Group
+    group: CaseGroup
     name: str
     mode: str = ""
     contender: Contender | None = None
@@ -41,15 +41,15 @@ class Case:
         return "-".join(filter(None, (str(self.group), self.name, self.mode)))
 
 
-def groups() -> list[Group]:
+def groups() -> list[CaseGroup]:
     """Models before flat sizes, but for one, so that a run cut short has the more telling half."""
-    telling = [(m, d, b) for d in DTYPES for b in BOOKKEEPING for m in MODELS]
+    telling = [(m, d, b) for d in MEASURED_DTYPES for b in BOOKKEEPING for m in MODELS]
     rows = [*telling[: len(MODELS)], ("flat-1e7", "float32", "plain"), *telling[len(MODELS) :]]
     rows += [(m, "float32", "plain") for m in FLAT if m != "flat-1e7"]
-    return [Group(family, *row) for row in rows for family in FAMILIES]
+    return [CaseGroup(family, *row) for row in rows for family in FAMILIES]
 
 
-def left_out(group: Group, device: torch.device) -> str:
+def left_out(group: CaseGroup, device: torch.device) -> str:
     """Why a device does not run a group; empty if it does. Two CPU cores have time for the smaller half."""
     if device.type == "cuda":
         return ""
@@ -60,11 +60,11 @@ def left_out(group: Group, device: torch.device) -> str:
     elif group.model == "ptb-large":
         run = (group.dtype, group.bookkeeping) == ("float32", "plain")
     else:
-        run = group == Group("sgd", "bert-large", "float32", "plain")
+        run = group == CaseGroup("sgd", "bert-large", "float32", "plain")
     return "" if run else "not run: GPU only"
 
 
-def plan(device: torch.device) -> list[Case]:
+def every_case(device: torch.device) -> list[Case]:
     """Every case, run or not."""
     cases: list[Case] = []
     for group in groups():
@@ -78,5 +78,5 @@ def plan(device: torch.device) -> list[Case]:
                 cases.append(Case(group, row.name, row.mode, row))
     for peer in (row.peer for row in CONTENDERS if row.peer):
         if not peer.installed:
-            cases.append(Case(Group(peer.family, "any", "any", "any"), peer.package, status="not installed"))
+            cases.append(Case(CaseGroup(peer.family, "any", "any", "any"), peer.package, status="not installed"))
     return cases

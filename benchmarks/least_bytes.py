@@ -7,10 +7,10 @@ _PLAIN = {"sgd": (20, 20), "adam": (28, 28), "adamw": (28, 28), "lars": (28, 26)
 FAMILIES = tuple(_PLAIN)
 
 
-def floor_bytes(family: str, dtype: str, bookkeeping: str) -> int:
+def bytes_per_parameter(family: str, dtype: str, bookkeeping: str) -> int:
     """Bytes per parameter. dtype: "float32" or "bfloat16". bookkeeping: "plain" or "amp+clip".
 
-    >>> floor_bytes("lamb", "float32", "amp+clip")
+    >>> bytes_per_parameter("lamb", "float32", "amp+clip")
     44
     """
     low = dtype == "bfloat16"

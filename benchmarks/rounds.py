@@ -89,7 +89,7 @@ class Entrant:
         self.outcome.times.append(seconds(self.step, clock_of(self._device)))
 
 
-def measure(
+def time_contenders(
     contenders: Sequence[Contender], setting: Setting, progress: Callable[[str], None] = lambda name: None
 ) -> list[Outcome]:
     """An outcome for each contender. As many as there is memory for take part in the same rounds."""
@@ -117,7 +117,7 @@ def measure(
                 outcome.status, outcome.error = "ok", ""
                 waiting.insert(0, (contender, outcome))
                 break
-        _run(entrants, before)
+        _take_turns(entrants, before)
         entrants.clear()
         _free(setting.device)
     return outcomes
@@ -131,7 +131,7 @@ def _fits(contender: Contender, setting: Setting) -> bool:
     return (weights + state + momentary) * setting.elements < 0.9 * free_bytes(setting.device)
 
 
-def _run(entrants: Sequence[Entrant], before: Before) -> None:
+def _take_turns(entrants: Sequence[Entrant], before: Before) -> None:
     """The rounds. Who comes first changes from round to round; a slow contender sits out in some, evenly spread."""
     rounds = max((entrant.rounds for entrant in entrants), default=0)
     before.copies.clear()
