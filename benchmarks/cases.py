@@ -1,4 +1,4 @@
-"""Which cases there are, the most telling first, and which of them a machine runs."""
+"""All cases, the most telling first, and which of them a machine runs."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ MEASURED_DTYPES = ("float32", "bfloat16")
 
 @dataclass(frozen=True)
 class CaseGroup:
-    """What is compared with each other: same family, shapes, dtype and bookkeeping."""
+    """The cases that are compared with each other: same family, shapes, dtype and bookkeeping."""
 
     family: str
     model: str
@@ -35,14 +35,14 @@ class Case:
     name: str
     mode: str = ""
     contender: Contender | None = None
-    status: str = ""  # why it is not run
+    status: str = ""  # the reason if it is not run
 
     def __str__(self) -> str:
         return "-".join(filter(None, (str(self.group), self.name, self.mode)))
 
 
 def groups() -> list[CaseGroup]:
-    """Models before flat sizes, but for one, so that a run cut short has the more telling half."""
+    """Models come before flat sizes, but for one size. So a run that is cut short has the more telling half."""
     telling = [(m, d, b) for d in MEASURED_DTYPES for b in BOOKKEEPING for m in MODELS]
     rows = [*telling[: len(MODELS)], ("flat-1e7", "float32", "plain"), *telling[len(MODELS) :]]
     rows += [(m, "float32", "plain") for m in FLAT if m != "flat-1e7"]
@@ -50,7 +50,7 @@ def groups() -> list[CaseGroup]:
 
 
 def left_out(group: CaseGroup, device: torch.device) -> str:
-    """Why a device does not run a group; empty if it does. Two CPU cores have time for the smaller half."""
+    """The reason why a device does not run a group, or "". Two CPU cores have time for the smaller half."""
     if device.type == "cuda":
         return ""
     if group.model in FLAT:

@@ -1,4 +1,4 @@
-"""The least that a step can move between memory and the processor, whoever makes it; README.md has the reasoning."""
+"""The least bytes that any step can move between memory and the processor. README.md has the reasoning."""
 
 from __future__ import annotations
 
@@ -8,12 +8,15 @@ FAMILIES = tuple(_PLAIN)
 
 
 def bytes_per_parameter(family: str, dtype: str, bookkeeping: str) -> int:
-    """Bytes per parameter. dtype: "float32" or "bfloat16". bookkeeping: "plain" or "amp+clip".
+    """The least bytes of a step, per parameter.
+
+    dtype: "float32" or "bfloat16".
+    bookkeeping: "plain" or "amp+clip".
 
     >>> bytes_per_parameter("lamb", "float32", "amp+clip")
     44
     """
     low = dtype == "bfloat16"
-    # The global norm must be known before anything is written, so the gradient is read once more. LARS's norms do that.
+    # The global norm comes before any write, so the gradient is read once more. LARS's own norms read it already.
     own_read = bookkeeping == "amp+clip" and family != "lars"
     return _PLAIN[family][low] + own_read * (2 if low else 4)

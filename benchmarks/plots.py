@@ -34,7 +34,10 @@ def _colors(rows: Sequence[Row]) -> dict[str, Any]:
 
 
 def time_against_parameters(rows: Sequence[Row], file: Path) -> bool:
-    """A panel per family, float32, plain: lines over flat sizes, crosses for models, the floor at the fastest copy."""
+    """A panel per family, float32, plain: lines over flat sizes, crosses for models, and the floor.
+
+    The floor is the time of the least bytes at the fastest copy's rate.
+    """
     colors, rows = _colors(rows), _plain(rows)
     families = [f for f in FAMILIES if any(r["family"] == f for r in rows)]
     if not rows:
@@ -60,7 +63,7 @@ def time_against_parameters(rows: Sequence[Row], file: Path) -> bool:
 
 
 def share_of_copy(rows: Sequence[Row], file: Path) -> bool:
-    """Bars per family, float32, plain: on the largest model that all families ran."""
+    """Bars per family, float32, plain, on the largest model that all families ran."""
     colors, rows = _colors(rows), _plain(rows)
     families = {r["family"] for r in rows}
     models = [r for r in rows if families == {q["family"] for q in rows if q["model"] == r["model"]}]

@@ -64,7 +64,7 @@ def markdown(rows: Sequence[Row], images: Iterable[str] = ()) -> str:
 
 
 def overview(rows: Sequence[Row]) -> list[str]:
-    """Of every group, our fastest eager step: its time and its ratio to the fastest torch."""
+    """A line per kind of group with our fastest eager step on each model: its time and its ratio to torch's fastest."""
     ours = [r for r in rows if r["contender"].startswith("ours") and r["mode"] == "eager" and r["status"] == "ok"]
     models = list(dict.fromkeys(r["model"] for r in sorted(ours, key=_place)))
     fastest: dict[tuple[str, ...], dict[str, Row]] = {}
@@ -80,7 +80,7 @@ def _brief(row: Row) -> str:
 
 
 def not_run(rows: Sequence[Row]) -> list[str]:
-    """A line for every reason, and the cases it is the reason of."""
+    """A line per reason, with its cases."""
     reasons: dict[str, dict[str, dict[str, None]]] = {}
     for row in rows:
         if row["status"].startswith("not"):
@@ -98,7 +98,7 @@ def table_lines(head: Sequence[str], lines: Iterable[Sequence[str]]) -> list[str
 
 
 def _place(row: Row) -> tuple[int, int, int, int, str]:
-    """Where a group stands on the page."""
+    """A group's place on the page."""
     family, dtype = FAMILIES.index(row["family"]), MEASURED_DTYPES.index(row["dtype"])
     return family, dtype, BOOKKEEPING.index(row["bookkeeping"]), int(row["parameters"]), row["model"]
 
@@ -113,7 +113,7 @@ def _line(row: Row) -> list[str]:
 
 
 def _number(text: str) -> str:
-    """Three digits, and no exponent."""
+    """A number in three digits, without exponent."""
     if not text:
         return ""
     value = float(text)

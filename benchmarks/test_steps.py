@@ -11,7 +11,7 @@ from .conftest import DEVICE, RUN
 
 
 class Replay:
-    """A clock that repeats measured times. Cases take turns, and pytest-benchmark hears of it later."""
+    """A clock that repeats measured times. The cases of a group are timed together, before pytest-benchmark asks."""
 
     def __init__(self) -> None:
         self.readings: list[float] = []

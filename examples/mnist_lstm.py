@@ -18,7 +18,7 @@ class MnistLSTM(Application):
     multiples = 1, 2, 4, 8, 16, 32, 64
     lrs, warmups = (0.0125, 0.025, 0.05, 0.1), (0.0625, 0.25)
 
-    # The recipe, tuned at batch 4. Any other batch is recipe.with_batch_size(batch): that is all LEGW asks for.
+    # Tuned at batch 4. For any other batch LEGW needs only recipe.with_batch_size(batch).
     recipe = LEGW(0.05, 4, 0.25, batch_size=4, dataset_size=1024, epochs=120)
     hidden = 64
 

@@ -41,7 +41,7 @@ def _times(value):
 
 
 def sweep_table(app, rows):
-    """A Markdown table, a line per arm and batch: means ± standard deviations of the seeds."""
+    """A Markdown table with a line per arm and batch: the means of the seeds ± their standard deviations."""
     record = Record(app, rows)
     header = (
         *("scaling", "batch", "peak LR", "warm-up epochs", "updates", f"{app.metric}, {app.unit}".strip(", ")),
@@ -74,7 +74,7 @@ def _line(record, group):
 
 
 def tuning_table(rows):
-    """A line per LR and warm-up tried: the seeds' validation qualities."""
+    """A Markdown table with a line per LR and warm-up: the seeds' validation qualities."""
     tried = {}
     for row in rows:
         tried.setdefault((row["schedule"]["base_lr"], row["schedule"]["base_warmup_epochs"]), []).append(row)

@@ -1,4 +1,4 @@
-"""The command line that the applications share: a sweep over batches, or the search for a recipe; a JSON line a run."""
+"""The applications' command line: a sweep over batches, or the search for a recipe. A run leaves one JSON line."""
 
 import argparse
 import hashlib
@@ -24,20 +24,22 @@ from .trainer import OPTIMIZERS, Settings, train
 
 @dataclass(frozen=True)
 class Planned:
+    """A run to be made."""
+
     arm: str
     schedule: LEGW
     seed: int
-    split: str = "test"
+    split: str = "test"  # that its quality is measured on
 
     def key(self, app, settings):
-        """What makes a run the one it is, as its JSON line has it."""
+        """All that tells this run from others, as its JSON line has it."""
         what = {"application": app.name, "arm": self.arm, "batch_size": self.schedule.batch_size, "seed": self.seed}
         how = {"split": self.split, "schedule": self.schedule.to_dict(), "optimizer": settings.optimizer or "own"}
         return {**what, **how, "amp": str(settings.amp or "none"), "device": device_name(settings.device)}
 
 
 def sweep(app, batches, arms, seeds):
-    """The baseline, then the other batches under every arm; seed by seed, so that all share what the machine does."""
+    """The baseline, then the other batches under every arm. Seed by seed: a busy machine slows all of them."""
     base = app.recipe.batch_size
     others = [(arm, batch) for batch in sorted(set(batches) - {base}) for arm in arms]
     pairs = [("baseline", base), *others] if base in batches else others
@@ -53,7 +55,7 @@ def tuning(app):
 
 
 def run(app, plan, settings, file):
-    """Do the planned runs that the file does not have yet, one line each; returns all the planned ones' rows."""
+    """The rows of all planned runs. Those that the file lacks are made now, and it gets a line for each."""
     file.parent.mkdir(parents=True, exist_ok=True)
     done = read(file)
     rows, waiting = [], []
@@ -69,7 +71,7 @@ def run(app, plan, settings, file):
 
 
 def _run_one(app, planned, key, settings, file, bar):
-    # A name of its own for everything that makes a run another one.
+    # Runs with different keys get different names.
     name = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:16]
     checkpoint = file.parent / "checkpoints" / f"{app.name}-{name}.pt"
 
@@ -91,7 +93,7 @@ def _run_one(app, planned, key, settings, file, bar):
 
 
 def _rounded(value):
-    """Six digits; JSON has no infinity and no NaN."""
+    """Six digits, or None where JSON has no number: it knows no infinity and no NaN."""
     return float(f"{value:.6g}") if math.isfinite(value) else None
 
 
@@ -156,8 +158,8 @@ def _checked(app, args):
 
 
 def main(app, arguments=None):
-    """Run an application's command; what makes no sense ends in one line and exit status 2, before any training."""
-    from . import report  # which imports the applications, and they this
+    """Run an application's command. Arguments that make no sense end in one line and exit status 2, before training."""
+    from . import report  # not above: report imports the applications, which import this module
 
     parser = _parser(app)
     args = parser.parse_args(arguments)

@@ -16,8 +16,6 @@ RUN_COLUMNS = (
     *("scaling", "batch", "seed", "peak_lr", "warmup_epochs", "warmup_updates", "updates"),
     *("test_accuracy", "final_loss", "seconds"),
 )
-
-
 SUMMARY_COLUMNS = (
     *("scaling", "batch", "peak LR", "warm-up epochs", "updates"),
     *("accuracy, %", "vs baseline, points", "lowest to highest", "seconds"),
@@ -37,7 +35,7 @@ class TrainingRun:
 
 
 def grouped(runs: Iterable[TrainingRun]) -> dict[tuple[str, int], list[TrainingRun]]:
-    """The runs of each (scaling, batch), in the order they were run."""
+    """The runs of each (scaling, batch), in the order in which they were made."""
     groups = dict[tuple[str, int], list[TrainingRun]]()
     for run in runs:
         groups.setdefault((run.scaling, run.schedule.batch_size), []).append(run)

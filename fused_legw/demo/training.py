@@ -1,4 +1,4 @@
-"""The demo's training: a task, the three rules that carry its recipe to another batch, and one run of it."""
+"""The demo's training: two tasks, three rules that carry their recipes to another batch, and one run of a task."""
 
 from __future__ import annotations
 
@@ -63,7 +63,12 @@ class Classifier(nn.Module):
 def train(
     task: Task, data: Digits, scaling: str, batch_size: int, seed: int, *, backend: str | None, bar: Any
 ) -> TrainingRun:
-    """Train from scratch. The seed sets the initial weights and the order of the images. bar: tqdm's, of updates."""
+    """Train from scratch.
+
+    seed: sets the initial weights and the order of the images.
+    backend: of the optimizer.
+    bar: a progress bar of tqdm, which counts updates.
+    """
     part = data.train
     torch.manual_seed(seed)
     model = Classifier(part.images.shape[2], task.hidden).to(part.images.device)
