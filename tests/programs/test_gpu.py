@@ -10,7 +10,7 @@ import time
 import pytest
 import torch
 
-from benchmarks.floor import FAMILIES
+from benchmarks.least_bytes import FAMILIES
 from tests import gpu
 
 PYTHON = [sys.executable, "-c"]
