@@ -17,6 +17,11 @@ class Schedule:
     milestones: tuple[int, ...]  # the updates that a MultiStep decay counts; a change of the batch keeps their number
 
     @property
+    def recipe(self) -> formulas.ScheduleConstants:
+        """`constants`, by the name they had before 0.1.0."""
+        return self.constants
+
+    @property
     def since(self) -> int:
         """The update at which the batch last changed; 0 where it never did."""
         raise NotImplementedError

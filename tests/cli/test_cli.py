@@ -199,7 +199,7 @@ def test_verify_prints_a_line_for_each_result(capsys, triton_device):
 def test_verify_spreads_every_decay_over_the_groups():
     params = [torch.nn.Parameter(torch.ones(1)) for _ in selfcheck.SMALL_SHAPES]
     schedules = [group["lr"] for group in selfcheck._groups(params, 0.1, 200)]
-    kinds = {schedule.recipe.kind for schedule in schedules}
+    kinds = {schedule.constants.kind for schedule in schedules}
     assert kinds == {3, 4, 5, 6, 7, 8}
     assert all(0 < s.warmup_steps < s.total_steps < 200 and s.warmup_steps % 1 for s in schedules)
     for shapes in (selfcheck.SHAPES, selfcheck.SMALL_SHAPES):  # a tensor that is not empty for each of them
