@@ -4,8 +4,9 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/ready
+DOCS := .venv-docs
 
-.PHONY: demo test codes lint codegen examples bench report gpu clean
+.PHONY: demo test codes lint codegen examples bench report docs gpu clean
 
 demo: $(READY)
 	$(BIN)/fused-legw demo
@@ -39,6 +40,10 @@ examples: $(READY)
 report: $(READY)
 	$(BIN)/python -m benchmarks.report
 
+# The site, into out/site; a broken link, anchor or reference ends it.
+docs: $(DOCS)/ready
+	NO_MKDOCS_2_WARNING=1 $(DOCS)/bin/mkdocs build --strict
+
 gpu:
 	$(PYTHON) -m tests.gpu $(ARGS)
 
@@ -49,5 +54,10 @@ $(READY): requirements.txt pyproject.toml
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation --editable .
 	touch $@
 
+$(DOCS)/ready: docs/requirements.txt
+	$(PYTHON) -m venv --clear $(DOCS)
+	$(DOCS)/bin/python -m pip install --quiet --disable-pip-version-check --requirement docs/requirements.txt
+	touch $@
+
 clean:
-	rm -rf $(VENV) out dist .benchmarks .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) $(DOCS) out dist .benchmarks .pytest_cache .mypy_cache .ruff_cache
