@@ -3,9 +3,9 @@
     python -m tests.support.pages PAGE    runs a page's blocks; prints those that it left out, and why
 
 Python blocks share one namespace per page. A block whose first line is `# needs NAME, NAME` is left out where one of
-those cannot be imported; `cuda` stands for a GPU. A diff is run as the program that it changes, and then as the one that
-it makes, which goes on. Of shell blocks the commands `fused-legw plan` and `fused-legw info` are run. A text block right
-after one of these is what it prints; `...` in it stands for anything.
+those cannot be imported; `cuda` stands for a GPU. A diff is run as the program that it changes, and then as the one
+that it makes, which goes on. Of shell blocks the commands `fused-legw plan` and `fused-legw info` are run. A text block
+right after one of these is what it prints; `...` in it stands for anything.
 """
 
 from __future__ import annotations
