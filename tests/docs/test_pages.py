@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 import fused_legw
+from fused_legw import variants
 from tests.support.pages import PAGES, ROOT, words
 
 README = ROOT / "README.md"
@@ -58,6 +59,24 @@ def test_files_that_a_page_names_exist(page: Path) -> None:
 def test_every_public_name_is_in_the_reference():
     shown = set(re.findall(r"(?m)^::: fused_legw\.(?:[a-z_]+\.)*(\w+)$", "".join(p.read_text() for p in PAGES)))
     assert set(fused_legw.__all__) <= shown
+
+
+def _tables(page: Path) -> list[list[dict[str, str]]]:
+    """The tables of a page: a dict per row, without the marks of code."""
+    found = []
+    for table in re.findall(r"(?m)(?:^\|.*\n)+", page.read_text()):
+        head, _, *rows = ([cell.strip(" `") for cell in line.split("|")[1:-1]] for line in table.splitlines())
+        found.append([dict(zip(head, row, strict=True)) for row in rows])
+    return found
+
+
+@pytest.mark.parametrize(("number", "rows"), [(0, variants.LARS), (1, variants.LAMB)], ids=["LARS", "LAMB"])
+def test_the_tables_of_variants_are_those_of_the_code(number: int, rows: dict) -> None:
+    table = _tables(ROOT / "docs/guides/variants.md")[number]
+    assert [row["variant"] for row in table] == list(rows)
+    for row in table:
+        axes = variants.axes(rows, {"variant": row.pop("variant")})
+        assert row == {axis: "" if axes[axis] is None else str(axes[axis]) for axis in row}
 
 
 def test_the_picture_can_be_drawn_again(tmp_path: Path) -> None:
