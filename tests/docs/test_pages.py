@@ -80,6 +80,7 @@ def test_the_tables_of_variants_are_those_of_the_code(number: int, rows: dict) -
 
 
 def test_the_picture_can_be_drawn_again(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
     spec = importlib.util.spec_from_file_location("pictures", ROOT / "docs/pictures.py")
     assert spec and spec.loader
     pictures = importlib.util.module_from_spec(spec)
