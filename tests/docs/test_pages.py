@@ -10,7 +10,7 @@ import pytest
 
 import fused_legw
 from fused_legw import variants
-from tests.support.pages import PAGES, ROOT, words
+from tests.support.pages import PAGES, ROOT, tables, words
 
 README = ROOT / "README.md"
 PROSE = [page for page in PAGES if page.parent.name != "api" and page.name not in ("README.md", "design.md")]
@@ -61,18 +61,9 @@ def test_every_public_name_is_in_the_reference():
     assert set(fused_legw.__all__) <= shown
 
 
-def _tables(page: Path) -> list[list[dict[str, str]]]:
-    """The tables of a page: a dict per row, without the marks of code."""
-    found = []
-    for table in re.findall(r"(?m)(?:^\|.*\n)+", page.read_text()):
-        head, _, *rows = ([cell.strip(" `") for cell in line.split("|")[1:-1]] for line in table.splitlines())
-        found.append([dict(zip(head, row, strict=True)) for row in rows])
-    return found
-
-
 @pytest.mark.parametrize(("number", "rows"), [(0, variants.LARS), (1, variants.LAMB)], ids=["LARS", "LAMB"])
 def test_the_tables_of_variants_are_those_of_the_code(number: int, rows: dict) -> None:
-    table = _tables(ROOT / "docs/guides/variants.md")[number]
+    table = tables(ROOT / "docs/guides/variants.md")[number]
     assert [row["variant"] for row in table] == list(rows)
     for row in table:
         axes = variants.axes(rows, {"variant": row.pop("variant")})

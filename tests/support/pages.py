@@ -140,5 +140,14 @@ def words(page: Path) -> list[str]:
     return re.findall(r"\w[\w.,'’–-]*", text)
 
 
+def tables(page: Path) -> list[list[dict[str, str]]]:
+    """The tables of a page: a dict per row, without the marks of code."""
+    found = []
+    for table in re.findall(r"(?m)(?:^\|.*\n)+", page.read_text()):
+        head, _, *rows = ([cell.strip(" `") for cell in line.split("|")[1:-1]] for line in table.splitlines())
+        found.append([dict(zip(head, row, strict=True)) for row in rows])
+    return found
+
+
 if __name__ == "__main__":
     print(*run(Path(sys.argv[1])), sep="\n")
