@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/ready
 DOCS := .venv-docs
 
-.PHONY: demo test codes lint codegen examples bench report docs gpu clean
+.PHONY: demo test quick codes lint codegen examples bench report docs gpu dist clean
 
 demo: $(READY)
 	$(BIN)/fused-legw demo
@@ -20,6 +20,10 @@ values-%: $(READY)
 
 codes: $(READY)
 	$(BIN)/pytest -m codegen
+
+# For people at work: the folders that need seconds, with ATen alone.
+quick: $(READY)
+	$(BIN)/pytest -m "not codegen" tests/schedules tests/buffers tests/optim tests/contract
 
 lint: $(READY)
 	$(BIN)/ruff check
@@ -39,6 +43,10 @@ examples: $(READY)
 
 report: $(READY)
 	$(BIN)/python -m benchmarks.report
+
+# Wheel and sdist, as a release would upload them.
+dist: $(READY)
+	$(BIN)/python -m build --no-isolation
 
 # The site, into out/site; a broken link, anchor or reference ends it.
 docs: $(DOCS)/ready
@@ -60,4 +68,4 @@ $(DOCS)/ready: docs/requirements.txt
 	touch $@
 
 clean:
-	rm -rf $(VENV) $(DOCS) out dist .benchmarks .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) $(DOCS) out site dist .benchmarks .pytest_cache .mypy_cache .ruff_cache

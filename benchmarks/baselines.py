@@ -1,7 +1,7 @@
-"""LARS and LAMB out of torch's own operations, which torch.optim lacks: what "torch" stands for in their groups.
+"""LARS and LAMB out of torch's own operations. torch.optim has neither, so these are "torch" in their groups.
 
-Written to be fast without a kernel of one's own: lists of tensors in one call (`torch._foreach_*`), and nothing that
-waits for the device. Both are the papers' variants, as `fused_legw` has them.
+They are fast without a kernel of their own: a call (`torch._foreach_*`) takes lists of tensors, and nothing waits for
+the device. Both are the papers' variants, as `fused_legw` has them.
 """
 
 from __future__ import annotations

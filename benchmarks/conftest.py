@@ -1,4 +1,4 @@
-"""The run of the benchmarks: its options, what it refuses, the measuring of one group after another."""
+"""A run of the benchmarks: its options, what it refuses, and its groups, measured one after another."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ import pytest
 import torch
 
 from . import provenance, results
-from .floor import FAMILIES
-from .measure import Outcome, Setting, measure
-from .plan import Case, Group
+from .cases import Case, CaseGroup
+from .least_bytes import FAMILIES
+from .rounds import Outcome, Setting, time_contenders
 from .shapes import shapes_of, smaller
 
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # then everything is the CPU's, and nothing the interpreter's
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # then everything runs on the CPU, without Triton's kernels
 DEVICE = torch.device("cuda" if torch.cuda.is_available() and not INTERPRETED else "cpu")
 
 
@@ -37,7 +37,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_sessionstart(session: pytest.Session) -> None:
-    """Refuse before anything is measured: nothing that is written may belong to files nobody can look up."""
+    """Refuse before anything is measured. Every row must belong to a commit that can be looked up."""
     began, config = time.monotonic(), session.config
     if config.option.collectonly:
         return
@@ -49,7 +49,7 @@ def pytest_sessionstart(session: pytest.Session) -> None:
         raise pytest.UsageError(f"files differ from the commit: commit them or give --allow-dirty\n{_listed(dirty)}")
     if not config.getoption("tests_passed") and not provenance.tests_pass():
         raise pytest.UsageError("tests fail: nothing is measured")
-    config.stash[RUN] = Run(config, commit + ("-dirty" if dirty else ""), began)
+    config.stash[RUN] = BenchmarkRun(config, commit + ("-dirty" if dirty else ""), began)
 
 
 def _listed(lines: list[str]) -> str:
@@ -69,13 +69,13 @@ def case_of(item: pytest.Item) -> Case | None:
     return spec.params.get("case") if spec else None
 
 
-class Run:
-    """One run: what it measured so far, and where it writes that."""
+class BenchmarkRun:
+    """What a run has measured so far, and the file it writes."""
 
     def __init__(self, config: pytest.Config, commit: str, began: float) -> None:
         self.config, self.facts = config, provenance.facts(DEVICE, commit)
         self.deadline = began + config.getoption("budget")
-        self.measured: dict[Group, dict[Case, tuple[Outcome, results.Row]]] = {}
+        self.measured: dict[CaseGroup, dict[Case, tuple[Outcome, results.Row]]] = {}
         self.smoke: bool = config.getoption("smoke")
         folder = config.getoption("results") or (None if self.smoke else provenance.RESULTS)
         self.file = folder and folder / f"{provenance.file_name(self.facts['device'])}.csv"
@@ -83,7 +83,7 @@ class Run:
             self.file.unlink(missing_ok=True)
 
     def result(self, case: Case, items: list[pytest.Item]) -> tuple[Outcome, results.Row]:
-        """A case's result. The first case of a group has the whole group measured, as far as it was asked for."""
+        """A case's result. The first case of a group has all cases of the group measured that were asked for."""
         if case.group not in self.measured:
             cases = [other for item in items if (other := case_of(item)) and other.group == case.group]
             self.measured[case.group] = self._measure(cases)
@@ -99,7 +99,7 @@ class Run:
             shapes = smaller(shapes_of(group.model), 32) if self.smoke else shapes_of(group.model)
             limit = 0.0 if self.smoke else self.config.getoption("seconds_per_case")
             setting = Setting(shapes, getattr(torch, group.dtype), group.bookkeeping, DEVICE, limit)
-            outcomes = measure([case.contender for case in cases if case.contender], setting, self._say)
+            outcomes = time_contenders([case.contender for case in cases if case.contender], setting, self._say)
             rows = results.rows_of(cases, outcomes, shapes)
         rows = [{**row, **self.facts} for row in rows]
         if self.file:
@@ -107,7 +107,7 @@ class Run:
         return dict(zip(cases, zip(outcomes, rows, strict=True), strict=True))
 
     def _say(self, name: str) -> None:
-        """On a terminal, who is being made ready: compiling takes its time."""
+        """Name the contender being made ready, on a terminal: compiling takes a while."""
         plugin: Any = self.config.pluginmanager.get_plugin
         reporter = plugin("terminalreporter")
         if reporter and reporter.isatty:
@@ -115,11 +115,11 @@ class Run:
                 reporter.write(f"[{name}] ")
 
 
-RUN = pytest.StashKey[Run]()
+RUN = pytest.StashKey[BenchmarkRun]()
 
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_report_teststatus(report: pytest.TestReport) -> tuple[str, str, str] | None:
-    """With -v, the line of a case ends in its numbers."""
+    """With -v the line of a case ends in its numbers."""
     said = dict(report.user_properties).get("said") if report.when == "call" else None
     return (report.outcome, ".", str(said)) if said and report.passed else None

@@ -1,4 +1,4 @@
-"""What is compared: a row per way to do a full optimizer step at a scheduled LR."""
+"""What is compared: the ways to make a full optimizer step at a scheduled LR."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ import fused_legw
 from fused_legw.backends.select import explain_backend
 
 from . import baselines
-from .floor import FAMILIES
 from .full_step import SCHEDULE, Step, around, captured, ours
+from .least_bytes import FAMILIES
 from .peers import PEERS, Peer
 
 Make = Callable[[list[Tensor], str], Step]
@@ -28,19 +28,19 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "lamb": dict(weight_decay=0.01),
 }
 _NAMES = {"sgd": "SGD", "lars": "LARS", "adam": "Adam", "adamw": "AdamW", "lamb": "LAMB"}
-# Compiling takes from seconds to minutes, more of it the more tensors there are; so only these, and only float32.
+# torch.compile takes seconds to minutes, and longer for more tensors. So it runs on these only, in float32.
 COMPILED = {"cuda": ("resnet50", "ptb-large", "flat-1e7"), "cpu": ("ptb-large", "flat-1e7")}
 
 
 @dataclass(frozen=True)
 class Contender:
-    """A row of the table. make(parameters with gradients, bookkeeping) gives the call that is timed: one full step."""
+    """A row of the table."""
 
     name: str
     family: str
-    make: Make
+    make: Make  # from parameters with gradients and the bookkeeping to the timed call, one full step
     mode: str = "eager"  # or "graph", the replay of a CUDA graph
-    peer: Peer | None = None
+    peer: Peer | None = None  # of another package
 
     @property
     def is_ours(self) -> bool:
@@ -48,7 +48,7 @@ class Contender:
 
     def offered(self, model: str, dtype: str, bookkeeping: str, device: torch.device) -> bool:
         """Whether it takes part in a group on this kind of device."""
-        if self.name.startswith("ours-triton"):  # the interpreter's time says nothing
+        if self.name.startswith("ours-triton"):  # the time of Triton's interpreter says nothing
             compiled = device.type == "cuda" and explain_backend(device)[0] == "triton"
             return compiled and (self.mode == "eager" or bookkeeping == "plain")
         if self.mode == "graph":
@@ -63,7 +63,7 @@ def _torch_class(family: str) -> Any:
 
 
 def _torch(family: str, *, wrap: Callable[[Step], Step] = lambda step: step, **options: Any) -> Make:
-    """torch's optimizer with its scheduler. lr="tensor" in the options: an LR on the device, which code can reuse."""
+    """torch's optimizer with its scheduler. lr="tensor" puts the LR on the device: compiled code is reused."""
 
     def optimizer(params: list[Tensor]) -> torch.optim.Optimizer:
         lr = torch.ones((), device=params[0].device) if "lr" in options else 1.0
@@ -73,7 +73,7 @@ def _torch(family: str, *, wrap: Callable[[Step], Step] = lambda step: step, **o
 
 
 def _compiled(step: Step) -> Step:
-    torch._dynamo.reset()  # it gives up on a function after eight optimizers, and then silently compiles nothing
+    torch._dynamo.reset()  # after eight optimizers dynamo would give up on a function and silently compile nothing
     return torch.compile(step)
 
 
@@ -95,7 +95,7 @@ def _reference(family: str) -> Make:
 
 
 def _rows(family: str) -> list[Contender]:
-    """The most telling first: where memory is short, they are the ones measured together."""
+    """The most telling rows first. Where memory is short, the first ones are measured together."""
     row = partial(Contender, family=family)
     rows = [row("ours-triton", make=_ours(family, "triton"))]
     adapts, adam = family in ("lars", "lamb"), family in ("adam", "adamw")

@@ -1,4 +1,4 @@
-"""One full step of an optimizer as a training loop makes it: with masters, unscaling, clipping and the LR scheduler."""
+"""One full optimizer step of a training loop, with masters, unscaling, clipping and the LR scheduler."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ BOOKKEEPING = ("plain", "amp+clip")
 
 
 def loss_scaler(cls: type[torch.amp.GradScaler], device: torch.device) -> torch.amp.GradScaler:
-    """A scaler whose scale stays 1: the work is that of any scale, and the gradients stay what they are."""
+    """A scaler whose scale stays 1. It does the work of any scale, and the gradients stay what they are."""
     scaler = cls(device.type, init_scale=1.0, growth_interval=10**9)
     scaler.scale(torch.ones((), device=device))  # torch makes the scale's tensors at the first loss
     return scaler
 
 
 class Masters:
-    """Float32 copies of low-precision parameters, for optimizers that keep none: the optimizer is given `weights`."""
+    """Float32 copies of low-precision parameters. An optimizer that keeps none itself is given `weights`."""
 
     def __init__(self, params: Sequence[Tensor]) -> None:
         self.params = list(params)
@@ -46,7 +46,7 @@ class Masters:
 
 
 def ours(cls: type, options: dict[str, object], params: list[Tensor], bookkeeping: str) -> Step:
-    """A step of a fused_legw optimizer: masters, schedule, clipping and inf check are its own."""
+    """A step of a fused_legw optimizer, which does masters, schedule, clipping and inf check itself."""
     if bookkeeping == "plain":
         return cls(params, lr=SCHEDULE, **options).step  # type: ignore[no-any-return]
     optimizer = cls(params, lr=SCHEDULE, max_grad_norm=MAX_GRAD_NORM, **options)
@@ -68,10 +68,12 @@ def around(
     masters: bool = True,
     wrap: Callable[[Step], Step] = lambda step: step,
 ) -> Step:
-    """A step of any other optimizer, and around it what ours does by itself.
+    """A step of any other optimizer, and around it the work that ours does itself.
 
-    make: from the parameters. scheduled: whether a torch scheduler drives its LR. masters: keep float32 masters of
-    bfloat16 parameters for it. wrap: what is put around the optimizer's own step, such as a compiler.
+    make: gives the optimizer of some parameters.
+    scheduled: whether a torch scheduler drives its LR.
+    masters: whether it is given float32 masters of bfloat16 parameters.
+    wrap: goes around the optimizer's own step, such as a compiler.
     """
     keep = Masters(params) if masters and params[0].dtype == torch.bfloat16 else None
     weights = keep.weights if keep else params
@@ -99,12 +101,12 @@ def around(
 
 
 def captured(step: Step) -> Step:
-    """The replay of a CUDA graph of one step, captured after eager ones have made state and kernels."""
+    """The replay of a CUDA graph of one step. Eager steps before the capture make state and kernels."""
     for _ in range(3):
         step()
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         step()
-    alive = graph, step  # a graph knows addresses only: it does not keep the optimizer's memory from being freed
+    alive = graph, step  # a graph knows addresses only, so the optimizer's memory must be kept for it
     return lambda: alive[0].replay()

@@ -18,16 +18,14 @@ _DECAY: dict[str, Any] = dict(weight_decay=0.01)
 
 @dataclass(frozen=True)
 class Peer:
-    """One optimizer: `module.cls(params, lr=..., **options)`.
-
-    bfloat16: options with which it keeps float32 masters of bfloat16 parameters itself; None if they are kept for it.
-    """
+    """One optimizer: `module.cls(params, lr=..., **options)`."""
 
     package: str
     module: str
     family: str
     cls: str
     options: dict[str, Any] = field(default_factory=dict, hash=False)
+    # With these it keeps float32 masters of bfloat16 parameters itself. None: it is given masters.
     bfloat16: dict[str, Any] | None = field(default=None, hash=False)
 
     @property
@@ -45,13 +43,13 @@ class Peer:
 
 
 def _flash(family: str, cls: str, options: dict[str, Any]) -> Peer:
-    """flashoptim with uncompressed state: 32 bits, as everyone here. Its kernels are for GPUs."""
+    """flashoptim with uncompressed state of 32 bits, which all contenders have. Its kernels are for GPUs."""
     full = dict(quantize=False, compress_state_dict=False, master_weight_bits=None, fused=torch.cuda.is_available())
     whole = {**options, **full}
     return Peer("flashoptim", "flashoptim", family, cls, whole, bfloat16=dict(master_weight_bits=32))
 
 
-# Clipping is asked for by the case, so it is turned off where it is a package's own default; apex has it always.
+# Each case says whether gradients are clipped, so a package's own clipping is off. apex's LAMB always clips.
 PEERS = [
     Peer("timm", "timm.optim", "lars", "Lars", dict(_MU, always_adapt=True)),
     Peer("timm", "timm.optim", "lamb", "Lamb", dict(_DECAY, max_grad_norm=None)),

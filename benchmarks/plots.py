@@ -9,7 +9,7 @@ from typing import Any
 from matplotlib import colormaps
 from matplotlib.figure import Figure
 
-from .floor import FAMILIES, floor_bytes
+from .least_bytes import FAMILIES, bytes_per_parameter
 from .results import Row
 from .shapes import FLAT
 
@@ -34,7 +34,10 @@ def _colors(rows: Sequence[Row]) -> dict[str, Any]:
 
 
 def time_against_parameters(rows: Sequence[Row], file: Path) -> bool:
-    """A panel per family, float32, plain: lines over flat sizes, crosses for models, the floor at the fastest copy."""
+    """A panel per family, float32, plain: lines over flat sizes, crosses for models, and the floor.
+
+    The floor is the time of the least bytes at the fastest copy's rate.
+    """
     colors, rows = _colors(rows), _plain(rows)
     families = [f for f in FAMILIES if any(r["family"] == f for r in rows)]
     if not rows:
@@ -50,7 +53,7 @@ def time_against_parameters(rows: Sequence[Row], file: Path) -> bool:
                 x, y = [int(r["parameters"]) for r in some], [float(r["median_us"]) for r in some]
                 ax.plot(x, y, style, color=color, label=label if flat else None, linewidth=1)
         sizes = sorted(int(r["parameters"]) for r in of_family)
-        floor = [floor_bytes(family, "float32", "plain") * n / fastest_copy / 1e3 for n in sizes]
+        floor = [bytes_per_parameter(family, "float32", "plain") * n / fastest_copy / 1e3 for n in sizes]
         ax.plot(sizes, floor, "k:", label=f"floor at {fastest_copy:.0f} GB/s", linewidth=1)
         ax.set(xscale="log", yscale="log", title=family, xlabel="parameters")
         ax.grid(alpha=0.3)
@@ -60,7 +63,7 @@ def time_against_parameters(rows: Sequence[Row], file: Path) -> bool:
 
 
 def share_of_copy(rows: Sequence[Row], file: Path) -> bool:
-    """Bars per family, float32, plain: on the largest model that all families ran."""
+    """Bars per family, float32, plain, on the largest model that all families ran."""
     colors, rows = _colors(rows), _plain(rows)
     families = {r["family"] for r in rows}
     models = [r for r in rows if families == {q["family"] for q in rows if q["model"] == r["model"]}]

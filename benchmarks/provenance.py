@@ -1,4 +1,4 @@
-"""What a result belongs to, and whether it may be recorded: the machine, the versions, clean commit, passing tests."""
+"""Where a result comes from: machine, versions, commit. And whether it may be recorded: clean tree, passing tests."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ RESULTS = ROOT / "benchmarks" / "results"
 
 
 def _output(*command: str) -> str | None:
-    """What a command prints; None if it is missing or fails."""
+    """The output of a command. None if the command is missing or fails."""
     try:
         return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip()
     except (OSError, subprocess.CalledProcessError):
@@ -25,17 +25,17 @@ def _output(*command: str) -> str | None:
 
 
 def commit() -> str | None:
-    """The commit of the source tree, None where there is no git."""
+    """The commit of the source tree. None where there is no git."""
     return _output("git", "rev-parse", "--short=12", "HEAD")
 
 
 def changed_files() -> list[str]:
-    """Files that differ from the commit, but for results: a run in several parts writes them as it goes."""
+    """Files that differ from the commit. Results do not count: a run in several parts writes them on the way."""
     return (_output("git", "status", "--porcelain", "--", ".", ":!benchmarks/results") or "").splitlines()
 
 
 def tests_pass() -> bool:
-    """Run the tests of the backends that are about to be measured; their output goes to the terminal."""
+    """Run the tests of what is about to be measured. Their output goes to the terminal."""
     command = [sys.executable, "-m", "pytest", "tests", "-q", "-x", "-m", "not codegen", "-p", "no:cacheprovider"]
     return subprocess.run(command, cwd=ROOT, check=False).returncode == 0
 
@@ -51,7 +51,7 @@ def device_name(device: torch.device) -> str:
 
 
 def file_name(name: str) -> str:
-    """A device's name as a file's.
+    """The name of a device's results file.
 
     >>> file_name("Intel(R) Xeon(R) Processor, 2 threads")
     'intel-xeon-processor-2-threads'

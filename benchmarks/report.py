@@ -8,9 +8,9 @@ from itertools import groupby
 from pathlib import Path
 
 from . import results
-from .floor import FAMILIES
+from .cases import MEASURED_DTYPES
 from .full_step import BOOKKEEPING
-from .plan import DTYPES
+from .least_bytes import FAMILIES
 from .provenance import RESULTS
 from .results import Row
 
@@ -59,19 +59,19 @@ def markdown(rows: Sequence[Row], images: Iterable[str] = ()) -> str:
         first = members[0]
         size = f"{int(first['parameters']):,} parameters in {int(first['tensors']):,} tensors"
         lines += ["", f"### {', '.join(first[name] for name in GROUP)}: {size}", ""]
-        lines += table(HEAD, map(_line, members))
+        lines += table_lines(HEAD, map(_line, members))
     return "\n".join([*lines, "", "## Not run", "", *not_run(rows)]) + "\n"
 
 
 def overview(rows: Sequence[Row]) -> list[str]:
-    """Of every group, our fastest eager step: its time and its ratio to the fastest torch."""
+    """A line per kind of group with our fastest eager step on each model: its time and its ratio to torch's fastest."""
     ours = [r for r in rows if r["contender"].startswith("ours") and r["mode"] == "eager" and r["status"] == "ok"]
     models = list(dict.fromkeys(r["model"] for r in sorted(ours, key=_place)))
     fastest: dict[tuple[str, ...], dict[str, Row]] = {}
     for row in sorted(ours, key=lambda r: (_place(r), -float(r["median_us"]))):  # the fastest is kept, as the last
         fastest.setdefault((row["family"], row["dtype"], row["bookkeeping"]), {})[row["model"]] = row
     lines = [[*key, *(_brief(of[model]) if model in of else "" for model in models)] for key, of in fastest.items()]
-    return ["Median µs; in brackets, of the best torch's.", "", *table(["", "", "", *models], lines)]
+    return ["Median µs; in brackets, of the best torch's.", "", *table_lines(["", "", "", *models], lines)]
 
 
 def _brief(row: Row) -> str:
@@ -80,7 +80,7 @@ def _brief(row: Row) -> str:
 
 
 def not_run(rows: Sequence[Row]) -> list[str]:
-    """A line for every reason, and the cases it is the reason of."""
+    """A line per reason, with its cases."""
     reasons: dict[str, dict[str, dict[str, None]]] = {}
     for row in rows:
         if row["status"].startswith("not"):
@@ -91,15 +91,15 @@ def not_run(rows: Sequence[Row]) -> list[str]:
     return [f"- {why}: {some}." for why, some in lines.items()] or ["Nothing."]
 
 
-def table(head: Sequence[str], lines: Iterable[Sequence[str]]) -> list[str]:
+def table_lines(head: Sequence[str], lines: Iterable[Sequence[str]]) -> list[str]:
     """The lines of a Markdown table."""
     rule = ["---", *["---:"] * (len(head) - 1)]
     return ["| " + " | ".join(cells) + " |" for cells in (head, rule, *lines)]
 
 
 def _place(row: Row) -> tuple[int, int, int, int, str]:
-    """Where a group stands on the page."""
-    family, dtype = FAMILIES.index(row["family"]), DTYPES.index(row["dtype"])
+    """A group's place on the page."""
+    family, dtype = FAMILIES.index(row["family"]), MEASURED_DTYPES.index(row["dtype"])
     return family, dtype, BOOKKEEPING.index(row["bookkeeping"]), int(row["parameters"]), row["model"]
 
 
@@ -113,7 +113,7 @@ def _line(row: Row) -> list[str]:
 
 
 def _number(text: str) -> str:
-    """Three digits, and no exponent."""
+    """A number in three digits, without exponent."""
     if not text:
         return ""
     value = float(text)

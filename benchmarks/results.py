@@ -1,4 +1,4 @@
-"""Rows of results: worked out from what was measured, written to CSV as they come, read back for the report."""
+"""Rows of results: worked out from measurements, written to CSV one group at a time, read back for the report."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from pathlib import Path
 
 import numpy as np
 
-from .floor import floor_bytes
-from .measure import Outcome
-from .plan import Case
+from .cases import Case
+from .least_bytes import bytes_per_parameter
+from .rounds import Outcome
 
 Row = dict[str, str]
 
@@ -31,7 +31,7 @@ def rates(bytes_moved: int, step_seconds: float, copy_bytes: int, copy_seconds: 
 
 
 def rows_of(cases: Sequence[Case], outcomes: Sequence[Outcome], shapes: Sequence[tuple[int, ...]]) -> list[Row]:
-    """The rows of one group. bytes is the floor's definition: the least a step can move, whatever a contender moves."""
+    """The rows of one group. The column `bytes` has the least that a step can move, not what a contender moved."""
     elements = sum(map(math.prod, shapes))
     medians = [float(np.median(o.times)) if o.status == "ok" else math.inf for o in outcomes]
     torches = [m for case, m in zip(cases, medians, strict=True) if _is_torch(case)]
@@ -41,7 +41,7 @@ def rows_of(cases: Sequence[Case], outcomes: Sequence[Outcome], shapes: Sequence
         row = {**empty_row(case), "status": outcome.status, "error": outcome.error}
         row.update(tensors=f"{len(shapes)}", parameters=f"{elements}")
         if outcome.status == "ok":
-            moved = elements * floor_bytes(case.group.family, case.group.dtype, case.group.bookkeeping)
+            moved = elements * bytes_per_parameter(case.group.family, case.group.dtype, case.group.bookkeeping)
             p20, p80 = np.percentile(outcome.times, [20, 80])
             measured = {
                 "median_us": 1e6 * middle,
@@ -81,7 +81,7 @@ def append(file: Path, rows: Sequence[Row]) -> None:
 
 
 def read(file: Path) -> list[Row]:
-    """The rows of a file; of a case that was measured again, the last."""
+    """The rows of a file. A case that was measured again has its last row only."""
     with file.open(newline="") as opened:
         rows = {tuple(row[name] for name in KEY): row for row in csv.DictReader(opened)}
     return list(rows.values())

@@ -1,4 +1,4 @@
-"""The parameter shapes of real models, worked out from their architecture's rules, in `model.parameters()` order."""
+"""The parameter shapes of real models, in the order of `model.parameters()`, by the rules of their architectures."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ def resnet50() -> list[Shape]:
 def ptb_large(vocabulary: int = 10_000, hidden: int = 1500, layers: int = 2) -> list[Shape]:
     """The large LSTM of Zaremba et al. 2014 on Penn Treebank: 11 tensors, 66,034,000 parameters.
 
-    The softmax does not share the embedding's weights. Biases as in torch.nn.LSTM, two per layer: TensorFlow's
-    original has one, and 12,000 parameters fewer.
+    The softmax does not share the embedding's weights. A layer has two biases, as in torch.nn.LSTM. TensorFlow's
+    original has one, and so 12,000 parameters fewer.
     """
     return [(vocabulary, hidden), *layers * _lstm(hidden, hidden), *_linear(vocabulary, hidden)]
 
@@ -56,7 +56,8 @@ def gnmt(vocabulary: int = 32_320, hidden: int = 1024, layers: int = 4) -> list[
 def gpt_1_3b(vocabulary: int = 50_257, context: int = 2048, hidden: int = 2048, layers: int = 24) -> list[Shape]:
     """GPT-3 XL (Brown et al. 2020, table 2.1) built as GPT-2: 292 tensors, 1,315,723,264 parameters.
 
-    Learned positions, biases everywhere, and the embedding is also the output layer: 12 h^2 + 13 h per layer.
+    Positions are learned, every layer has biases, and the embedding is also the output layer. A layer of width h has
+    12 h^2 + 13 h parameters.
     """
     norm = [(hidden,), (hidden,)]
     attention = _linear(3 * hidden, hidden) + _linear(hidden, hidden)
@@ -75,12 +76,12 @@ FLAT = {f"flat-1e{power}": 10**power for power in range(4, 10)}  # one tensor
 
 
 def shapes_of(model: str) -> list[Shape]:
-    """Of a model, or of one flat tensor."""
+    """The shapes of a model, or of one flat tensor."""
     return [(FLAT[model],)] if model in FLAT else MODELS[model]()
 
 
 def smaller(shapes: Sequence[Shape], divisor: int) -> list[Shape]:
-    """As many tensors, every dimension divided, none below 1."""
+    """The same tensors with every dimension divided, to no less than 1."""
     return [tuple(max(1, size // divisor) for size in shape) for shape in shapes]
 
 

@@ -1,4 +1,4 @@
-"""A full optimizer step at a scheduled LR: every case of the plan."""
+"""A full optimizer step at a scheduled LR: every case of `cases.py`."""
 
 from __future__ import annotations
 
@@ -6,12 +6,12 @@ from typing import Any
 
 import pytest
 
+from .cases import Case, every_case
 from .conftest import DEVICE, RUN
-from .plan import Case, plan
 
 
 class Replay:
-    """A clock that repeats measured times. Cases take turns, and pytest-benchmark hears of it later."""
+    """A clock that repeats measured times. The cases of a group are timed together, before pytest-benchmark asks."""
 
     def __init__(self) -> None:
         self.readings: list[float] = []
@@ -28,7 +28,7 @@ CLOCK = Replay()
 
 @pytest.mark.filterwarnings("ignore")  # of other packages
 @pytest.mark.benchmark(timer=CLOCK)
-@pytest.mark.parametrize("case", plan(DEVICE), ids=str)
+@pytest.mark.parametrize("case", every_case(DEVICE), ids=str)
 def test_step(
     benchmark: Any, case: Case, request: pytest.FixtureRequest, record_property: Any, pytestconfig: pytest.Config
 ) -> None:

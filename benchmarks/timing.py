@@ -1,10 +1,10 @@
 """How a step is timed.
 
-On CUDA a step has two times, which overlap in a training loop, so neither is hidden in the other here:
-    device time   between two events around the step. The stream is kept busy until the host has enqueued the whole
-                  step, by flushing the L2 often enough; else the gaps of a slow host would count as the device's.
+On CUDA a step has two times. They overlap in a training loop, so each is taken alone:
+    device time   between two events around the step. Flushes of the L2 keep the stream busy until the host has
+                  enqueued the whole step: else the gaps of a slow host would count as the device's.
     host time     until the call returns, on an idle device, without synchronisation.
-On a CPU the call is the step; its host time is that of the same call on tensors of one element each.
+On a CPU the call is the step. Its host time is the time of the same call on tensors of one element each.
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ from torch import Tensor
 from .shapes import Shape
 
 Clock = Callable[[], Any]  # the difference of two readings is seconds
-LARGEST_COPY = {"cuda": 2**28, "cpu": 2**26}  # elements: beyond the caches, a larger copy is as fast
+LARGEST_COPY = {"cuda": 2**28, "cpu": 2**26}  # elements. Both are larger than the caches, and a larger copy is as fast.
 
 
 class Mark:
-    """A point in the device's stream. Subtracting waits for the later one, so reading the clock does not."""
+    """A point in the device's stream. Reading the clock does not wait. Subtracting waits for the later point."""
 
     def __init__(self) -> None:
         self._event: Any = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
@@ -62,9 +62,9 @@ def host_seconds(step: Callable[[], object], device: torch.device, calls: int = 
 
 
 class Before:
-    """What comes before a timed step: once a round a copy timed under the same conditions, then cold caches again.
+    """Makes the caches cold before a timed step, and times a copy once a round under the same conditions.
 
-    elements: float32 elements of the buffer that is copied, but no more than LARGEST_COPY.
+    elements: float32 elements of the copied buffer, which has at most LARGEST_COPY of them.
     """
 
     def __init__(self, elements: int, device: torch.device) -> None:
@@ -83,16 +83,16 @@ class Before:
             self._flush_seconds = min(seconds(self._junk.zero_, self._clock) for _ in range(3))
         for _ in range(3):
             self.copy()
-        self.copies.clear()  # the first one met untouched memory
+        self.copies.clear()  # the first copy touched new memory
 
     def copy(self) -> None:
         self.flush()
         self.copies.append(seconds(lambda: self._target.copy_(self._source), self._clock))
 
     def flush(self, hide: float = 0.0) -> None:
-        """Other data into the caches, for as long as the host takes for the step. hide: those seconds.
+        """Fill the caches with other data. On a CPU the steps and copies before have done so already.
 
-        Nothing on a CPU: the steps and copies before have already put other data there.
+        hide: seconds that the host takes for the step. The device stays busy for as long.
         """
         if self._junk is not None:
             for _ in range(1 + math.ceil(hide / self._flush_seconds)):
@@ -100,7 +100,7 @@ class Before:
 
 
 class Gradients:
-    """Gradients that all contenders of a group share, put back where a contender wrote to them, as AMP and some do."""
+    """The gradients that all contenders of a group share. `restore` undoes the writes of AMP and of some contenders."""
 
     def __init__(self, shapes: Sequence[Shape], dtype: torch.dtype, device: torch.device) -> None:
         self.tensors = [_random(shape, dtype, device) for shape in shapes]
@@ -129,7 +129,7 @@ def _random(shape: Shape, dtype: torch.dtype, device: torch.device) -> Tensor:
 
 
 def launches(step: Callable[[], object], device: torch.device) -> int | None:
-    """Kernels that one step launches, counted by torch.profiler; None on a CPU."""
+    """The number of kernels that one step launches, by torch.profiler. None on a CPU."""
     if device.type != "cuda":
         return None
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
@@ -141,7 +141,7 @@ def launches(step: Callable[[], object], device: torch.device) -> int | None:
 
 
 def free_bytes(device: torch.device) -> int:
-    """Memory that can still be had."""
+    """Memory that is still free."""
     if device.type == "cuda":
         torch.cuda.empty_cache()
         return int(torch.cuda.mem_get_info(device)[0])

@@ -1,39 +1,42 @@
-"""What an application is: its data, model, loss, quality and recipe, and how the recipe goes to another batch."""
+"""What an application is: its data, model, loss, quality and recipe, and the recipe at another batch."""
 
 import importlib
 from dataclasses import replace
 
 import torch
 
-# How a recipe goes to another batch, by LEGW and by the two naive rules beside it; "baseline" is the recipe itself.
-ARMS = {
-    "legw": {},
-    "linear": {"scaling": "linear"},  # the peak times k, with LEGW's warm-up: only the peak differs
-    "sqrt": {"base_warmup_epochs": 0.0},  # LEGW's peak, no warm-up
-}
+from fused_legw import LEGW
+from fused_legw.demo.training import SCALINGS
 
 
 class Application:
-    """One of the paper's applications: its data, model, loss, quality and tuned recipe. See `mnist_lstm.py`.
+    """One of the paper's applications: its data, model, loss, quality and tuned recipe. See `mnist_lstm.py`."""
 
-    name, title: for files; for people.
-    metric, unit, higher: the quality, and whether more of it is better.
-    tolerance: what may be lost to the baseline: so much where higher is better, else this fraction of it.
-    target: the quality that the baseline's default run reaches.
-    multiples: the batches of a sweep, times the recipe's.
-    lrs, warmups: what `--tune` tries, at the recipe's batch.
-    recipe: the LEGW schedule at the batch it was tuned for.
-    train, validation, test: tensors, or tuples of tensors (samples first); set by `load`.
-    """
+    name: str  # of its files
+    title: str  # for people
+    recipe: LEGW  # the schedule at the batch it was tuned for
+    multiples: tuple[int, ...]  # the batches of a sweep, as multiples of the recipe's
+    packages: tuple[str, ...] = ()  # that it needs beside the others'
 
-    higher = True
-    packages: tuple[str, ...] = ()
+    # Its quality.
+    metric: str
+    unit: str
+    higher = True  # whether more of it is better
+    tolerance: float  # what may be lost to the baseline: so much where higher is better, else this fraction of it
+    target: float  # what the baseline's default run reaches
+
+    # What `--tune` tries, at the recipe's batch.
+    lrs: tuple[float, ...]
+    warmups: tuple[float, ...]
+    tuning_seeds = 100, 101  # never those of recorded runs, which are 0, 1, 2, ...
+
+    # `load` also sets train, validation and test: tensors, or tuples of tensors whose first dimension is the samples.
 
     def add_arguments(self, parser):
         """Options of this application alone."""
 
     def load(self, args):
-        """Set train, validation and test, and the paper's recipe for given data; ValueError for data that is wrong."""
+        """Set train, validation and test, and the paper's recipe if data are given. ValueError for wrong data."""
         raise NotImplementedError
 
     def model(self):
@@ -47,14 +50,14 @@ class Application:
         raise NotImplementedError
 
     def quality(self, model, split):
-        """On "validation", for choosing a recipe, or "test"."""
+        """split: "validation", on which a recipe is chosen, or "test"."""
         raise NotImplementedError
 
     def samples(self):
         return len(self.train[0])
 
     def updates_per_epoch(self, batch_size):
-        """Every batch is whole: what is left of an epoch's samples goes unused."""
+        """Every batch is whole. Samples that do not fill one go unused in that epoch."""
         return self.samples() // batch_size
 
     def batches(self, batch_size):
@@ -64,13 +67,17 @@ class Application:
             yield tuple(tensor[index] for tensor in self.train)
 
     def start(self, batch_size, device):
-        """The state an epoch starts from: tensors, none unless a model carries something across batches."""
+        """The state that an epoch starts from: tensors. Empty unless a model carries something across batches."""
         return ()
 
     def schedule(self, batch_size, arm="baseline", **changes):
-        """The recipe at a batch size, under one of the ARMS. changes: of the recipe itself, as base_lr."""
+        """The recipe at a batch size.
+
+        arm: one of the SCALINGS, or "baseline", which changes nothing.
+        changes: fields of the recipe with other values, such as base_lr.
+        """
         recipe = replace(self.recipe, dataset_size=self.samples(), steps_per_epoch=None, **changes)
-        recipe = replace(recipe, **ARMS.get(arm, {}))
+        recipe = replace(recipe, **SCALINGS.get(arm, {}))
         return recipe.with_batch_size(batch_size, steps_per_epoch=self.updates_per_epoch(batch_size))
 
     def to(self, device):
@@ -88,7 +95,7 @@ def _moved(value, device):
 
 
 def need(*packages):
-    """ValueError with what to install, unless these packages import."""
+    """Raise a ValueError that says what to install, unless these packages import."""
     for package in packages:
         try:
             importlib.import_module(package)

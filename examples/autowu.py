@@ -18,7 +18,7 @@ SCALE, SEEDS = 32, range(5)
 
 
 def train_by_autowu(app, seed, epochs):
-    """(accuracy, update of the switch or None, LR it fell back to) with no LR given."""
+    """(test accuracy, (update, LR) at which the warm-up ended or None) of a run that is given no LR."""
     torch.manual_seed(seed)
     model = app.model()
     batch_size = SCALE * app.recipe.base_batch_size

@@ -14,13 +14,14 @@ from .application import Application, need
 from .sweep import main
 
 PAD, START, END, UNKNOWN = range(4)
+VOCABULARY = 32_000
+
 # English number names to French ones, from the package num2words: 71 is "soixante et onze", 80 "quatre-vingts".
 LARGEST, PAIRS, VALIDATION, TEST = 1_000_000, 2048, 512, 512
-VOCABULARY = 32_000
 
 
 class Encoder(nn.Module):
-    """A bidirectional layer, then one-way layers, with residual connections from the third layer on."""
+    """A bidirectional layer, then one-way layers. Residual connections begin at the third layer."""
 
     def __init__(self, vocabulary, hidden, layers, dropout):
         super().__init__()
@@ -52,7 +53,7 @@ class Attention(nn.Module):
 
 
 class Decoder(nn.Module):
-    """The first layer's outputs ask the attention; its answer goes into every later layer and into the output."""
+    """The first layer's outputs query the attention. Its context goes into every later layer and into the output."""
 
     def __init__(self, vocabulary, hidden, layers, dropout):
         super().__init__()
@@ -84,18 +85,18 @@ class Translator(nn.Module):
 
     @torch.no_grad()
     def translate(self, source, longest, beam=4):
-        """Beam search for one batch of sources (batch, length); scores are mean log-probabilities per token."""
+        """Beam search for one batch of sources (batch, length). It ranks by the mean log-probability per token."""
         count, device = len(source), source.device
         padding = (source == PAD).repeat_interleave(beam, 0)
         memory = self.encoder(source).repeat_interleave(beam, 0)
         tokens = torch.full((count * beam, 1), START, device=device)
         total = torch.full((count, beam), -torch.inf, device=device)
-        total[:, 0] = 0  # the beams start equal: all but one of them wait
+        total[:, 0] = 0  # the beams start equal, so only one of them may grow at first
         ended, lengths, state = torch.zeros_like(total, dtype=torch.bool), torch.zeros_like(total), None
         for _ in range(longest):
             scores, state = self.decoder(tokens[:, -1:], memory, padding, state)
             scores = scores[:, -1].log_softmax(-1).view(count, beam, -1)
-            # What has ended goes on as it is, by padding that costs nothing.
+            # A sentence that has ended goes on by padding, which costs nothing.
             scores = scores.masked_fill(ended[..., None], -torch.inf)
             scores[..., PAD] = torch.where(ended, 0.0, -torch.inf)
             vocabulary = scores.shape[-1]
@@ -131,7 +132,7 @@ class GNMT(Application):
 
     def loss(self, model, batch, state):
         source, target = batch
-        # No longer than the longest of the batch.
+        # Cut to the longest sentence of the batch.
         source, target = (t[:, : int((t != PAD).sum(1).max())] for t in (source, target))
         scores, wanted = model(source, target[:, :-1]), target[:, 1:]
         flat = scores.flatten(0, 1), wanted.flatten()
@@ -144,7 +145,7 @@ class GNMT(Application):
         found = []
         for batch in sources.split(128):
             found += [self._words(row) for row in model.translate(batch, self.longest).tolist()]
-        # The sentences are words between spaces already.
+        # Spaces part the words already.
         return BLEU(tokenize="none", force=True).corpus_score(found, [sentences]).score
 
     def _words(self, numbers):
@@ -163,7 +164,7 @@ class GNMT(Application):
             raise ValueError("--source and --target come together")
         if args.source is None:
             pairs, validation, test = _number_names(), VALIDATION, TEST
-        else:  # GNMT's size; LR, warm-up and length are not tuned
+        else:  # GNMT's size. LR, warm-up and length are not tuned.
             self.hidden, self.layers, self.dropout = 1024, 4, 0.2
             pairs = _read(args.source, args.target)
             validation = test = min(3000, len(pairs) // 10)
@@ -184,7 +185,7 @@ class GNMT(Application):
 
 
 def _number_names():
-    """Distinct numbers below a million, as words; hyphens part words too."""
+    """Distinct numbers below a million, as words. Hyphens part words too."""
     need("num2words")
     from num2words import num2words
 
@@ -198,7 +199,7 @@ def _number_names():
 
 
 def _read(source, target):
-    """Pairs of word lists from two files, shuffled once; pairs with an empty side or over 50 words are left out."""
+    """Pairs of word lists from two files, shuffled once. Pairs with an empty side or over 50 words are left out."""
     sides = []
     for name, file in (("--source", source), ("--target", target)):
         if not file.is_file():

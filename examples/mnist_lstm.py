@@ -2,25 +2,14 @@
 
 from pathlib import Path
 
-from torch import nn
 from torch.nn import functional as F
 
 from fused_legw import LEGW, SGD
 from fused_legw.demo import digits
+from fused_legw.demo.training import MNIST, Classifier
 
 from .application import Application
 from .sweep import main
-
-
-class Classifier(nn.Module):
-    def __init__(self, columns, hidden):
-        super().__init__()
-        self.lstm = nn.LSTM(columns, hidden, batch_first=True)
-        self.linear = nn.Linear(hidden, digits.CLASSES)
-
-    def forward(self, images):
-        outputs, _ = self.lstm(images)
-        return self.linear(outputs[:, -1])
 
 
 class MnistLSTM(Application):
@@ -29,7 +18,7 @@ class MnistLSTM(Application):
     multiples = 1, 2, 4, 8, 16, 32, 64
     lrs, warmups = (0.0125, 0.025, 0.05, 0.1), (0.0625, 0.25)
 
-    # The recipe, tuned at batch 4. Any other batch is recipe.with_batch_size(batch): that is all LEGW asks for.
+    # Tuned at batch 4. For any other batch LEGW needs only recipe.with_batch_size(batch).
     recipe = LEGW(0.05, 4, 0.25, batch_size=4, dataset_size=1024, epochs=120)
     hidden = 64
 
@@ -49,9 +38,9 @@ class MnistLSTM(Application):
 
     def load(self, args):
         data = digits.load_sklearn()
-        if args.data is not None:  # the paper's size and length; LR and warm-up are not tuned
-            self.recipe = LEGW(0.1, 128, 0.25, batch_size=128, dataset_size=55_000, epochs=25)
-            self.hidden, data = 128, digits.load_mnist(Path(args.data))
+        if args.data is not None:
+            self.recipe, self.hidden = MNIST.recipe, MNIST.hidden
+            data = digits.load_mnist(Path(args.data))
         self.train, self.validation, self.test = (
             (part.images, part.labels) for part in (data.train, data.validation, data.test)
         )

@@ -17,7 +17,7 @@ SMALL, BIG, SEED = 8, 64, 0
 
 
 def train(app, told):
-    """The recipe at batch 64, in micro-batches of 8; told(epoch, loss, noise) after every epoch."""
+    """Train the recipe at batch 64, in micro-batches of 8. After every epoch it calls told(epoch, loss, noise)."""
     torch.manual_seed(SEED)
     model = app.model()
     schedule = app.schedule(BIG, "legw")
@@ -69,7 +69,7 @@ def plot(rows, file):
     epochs, losses, scales, lows, highs, *_ = zip(*rows, strict=True)
     figure = Figure(figsize=(8, 4.2), layout="constrained")
     ax = figure.subplots()
-    ceiling = 10 * max(scale for scale in scales if scale < float("inf"))  # where "no bound" is drawn
+    ceiling = 10 * max(scale for scale in scales if scale < float("inf"))  # stands for an interval without upper bound
     ax.fill_between(epochs, [max(low, 1) for low in lows], [min(high, ceiling) for high in highs], alpha=0.25)
     ax.plot(epochs, scales, label="tr(Σ) / |G|², with its 95 % interval")
     ax.axhline(BIG, color="black", ls=":", lw=1, label=f"the batch, {BIG}")

@@ -1,14 +1,16 @@
-"""The plots of the report: one of each application's record, and one of all together."""
+"""The plots of the report: one for each application, and one of all together."""
 
 from statistics import fmean
 
-from .record import TITLES, Record
+from fused_legw.demo.training import TITLES
+
+from .record import Record
 
 COLORS = {"legw": "tab:blue", "linear": "tab:red", "sqrt": "tab:green"}
 
 
 def plot(app, rows, file):
-    """Left: quality against batch, each arm, from the worst seed to the best. Right: LEGW's time against batch."""
+    """Left: each arm's quality against the batch, from the worst seed to the best. Right: LEGW's time against it."""
     from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator
 
@@ -22,7 +24,7 @@ def plot(app, rows, file):
     target = _error(app, record.target)
     left.axhline(target, color="black", ls=":", lw=1, label="the baseline's mean, less the tolerance")
     left.set(title=app.title, ylabel=f"test {f'100 − {app.metric}, %' if app.higher else app.metric}: less is better")
-    # Some arms collapse, others differ by a point or less: linear up to there, or they would look alike.
+    # Some arms collapse and others differ by a point or less. A linear scale up to one point keeps those apart.
     if app.higher:
         left.set_yscale("symlog", linthresh=1.0)
         left.set_yticks([0, 0.5, 1, 2, 5, 10, 20, 50, 100])

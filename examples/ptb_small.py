@@ -18,7 +18,7 @@ class PTBSmall(LanguageModel):
         return SGD(model.parameters(), lr=schedule, momentum=0.9, max_grad_norm=self.max_grad_norm)
 
     def paper(self):
-        """Penn Treebank at the tutorial's size, length and LR; the momentum is 0 there, the warm-up is not tuned."""
+        """Penn Treebank at the tutorial's size, length and LR. Its momentum is 0. The warm-up is not tuned."""
         self.hidden, self.steps = 200, 20
         decay = Exponential(rate=0.5, start_epoch=4)
         self.recipe = LEGW(0.1, 20, 0.1, batch_size=20, dataset_size=46_479, epochs=13, decay=decay)

@@ -5,10 +5,12 @@ import math
 from pathlib import Path
 from statistics import fmean, geometric_mean, stdev
 
-from fused_legw.demo.results import table as markdown
+from fused_legw.demo.results import markdown_table
+from fused_legw.demo.training import TITLES
 
 from .plots import overview, plot
-from .record import TITLES, Record, read
+from .record import Record, read
+from .selection import choose
 
 HERE = Path(__file__).parent
 PAPER_SPEEDUP = 5.3  # You et al. 2019: average over the four LSTM applications
@@ -38,14 +40,14 @@ def _times(value):
     return "" if value is None else f"{value:.2f}×"
 
 
-def table(app, rows):
-    """A Markdown table, a line per arm and batch: means ± standard deviations of the seeds."""
+def sweep_table(app, rows):
+    """A Markdown table with a line per arm and batch: the means of the seeds ± their standard deviations."""
     record = Record(app, rows)
     header = (
         *("scaling", "batch", "peak LR", "warm-up epochs", "updates", f"{app.metric}, {app.unit}".strip(", ")),
         *("vs baseline", "lowest to highest", "run, s", "faster", "to target, s", "reached", "sooner"),
     )
-    return markdown(header, [_line(record, group) for group in record.groups])
+    return markdown_table(header, [_line(record, group) for group in record.groups])
 
 
 def _line(record, group):
@@ -72,7 +74,7 @@ def _line(record, group):
 
 
 def tuning_table(rows):
-    """A line per LR and warm-up tried: the seeds' validation qualities."""
+    """A Markdown table with a line per LR and warm-up: the seeds' validation qualities."""
     tried = {}
     for row in rows:
         tried.setdefault((row["schedule"]["base_lr"], row["schedule"]["base_warmup_epochs"]), []).append(row)
@@ -80,7 +82,7 @@ def tuning_table(rows):
     for (lr, warmup), runs in sorted(tried.items()):
         found = ["diverged" if row["diverged"] or row["quality"] is None else f"{row['quality']:.2f}" for row in runs]
         lines.append((f"{lr:g}", f"{warmup:g}", ", ".join(found)))
-    return markdown(("peak LR", "warm-up epochs", "validation, by seed"), lines)
+    return markdown_table(("peak LR", "warm-up epochs", "validation, by seed"), lines)
 
 
 # The page
@@ -141,13 +143,13 @@ def _summary(records):
     return [
         "## All together",
         "",
-        markdown(header, lines),
+        markdown_table(header, lines),
         "",
         average,
         "",
         "The largest batch up to which every batch holds, and the updates left there:",
         "",
-        markdown(("application", *TITLES.values()), limits),
+        markdown_table(("application", *TITLES.values()), limits),
         "",
         "![Quality lost against updates left](results/overview.png)",
     ]
@@ -159,13 +161,11 @@ def _application(record, tuning):
     lines = [
         f"Target: {app.metric} {record.target:.2f} (tolerance {lost}).",
         "",
-        table(app, record.rows),
+        sweep_table(app, record.rows),
         "",
         f"![{app.metric} and time against batch](results/{app.name}.png)",
     ]
     if tuning:
-        from .sweep import choose
-
         lr, warmup = choose(app, tuning)
         lines += [
             "",

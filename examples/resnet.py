@@ -14,7 +14,7 @@ from .sweep import main
 
 
 class Block(nn.Module):
-    """Two convolutions with batch norm, beside the identity or a convolution that changes its shape."""
+    """Two convolutions with batch norm. A shortcut skips them; where the shape changes it is a convolution."""
 
     def __init__(self, inputs, outputs, stride):
         super().__init__()
@@ -88,7 +88,7 @@ class ResNet(Application):
         )
 
     def _folders(self, root):
-        """ImageNet's layout, train/CLASS/*.JPEG and val/CLASS/*.JPEG; the published recipe at batch 1024."""
+        """ImageNet's layout, train/CLASS/*.JPEG and val/CLASS/*.JPEG, with the published recipe at batch 1024."""
         need("torchvision")
         from torchvision import transforms
         from torchvision.datasets import ImageFolder

@@ -1,4 +1,4 @@
-"""The command line that the applications share: a sweep over batches, or the search for a recipe; a JSON line a run."""
+"""The applications' command line: a sweep over batches, or the search for a recipe. A run leaves one JSON line."""
 
 import argparse
 import hashlib
@@ -13,32 +13,33 @@ from tqdm import tqdm
 from benchmarks.provenance import commit, device_name
 from fused_legw import LEGW
 from fused_legw.backends.select import explain_backend
-from fused_legw.demo.program import select
+from fused_legw.demo.training import SCALINGS
 
-from .application import ARMS, need
+from .application import need
 from .plots import plot
 from .record import reaches, read
+from .selection import choose, grid
 from .trainer import OPTIMIZERS, Settings, train
-
-TUNING_SEEDS = 100, 101  # never those of recorded runs, which are 0, 1, 2, ...
 
 
 @dataclass(frozen=True)
 class Planned:
+    """A run to be made."""
+
     arm: str
     schedule: LEGW
     seed: int
-    split: str = "test"
+    split: str = "test"  # that its quality is measured on
 
     def key(self, app, settings):
-        """What makes a run the one it is, as its JSON line has it."""
+        """All that tells this run from others, as its JSON line has it."""
         what = {"application": app.name, "arm": self.arm, "batch_size": self.schedule.batch_size, "seed": self.seed}
         how = {"split": self.split, "schedule": self.schedule.to_dict(), "optimizer": settings.optimizer or "own"}
         return {**what, **how, "amp": str(settings.amp or "none"), "device": device_name(settings.device)}
 
 
 def sweep(app, batches, arms, seeds):
-    """The baseline, then the other batches under every arm; seed by seed, so that all share what the machine does."""
+    """The baseline, then the other batches under every arm. Seed by seed: a busy machine slows all of them."""
     base = app.recipe.batch_size
     others = [(arm, batch) for batch in sorted(set(batches) - {base}) for arm in arms]
     pairs = [("baseline", base), *others] if base in batches else others
@@ -47,15 +48,14 @@ def sweep(app, batches, arms, seeds):
 
 def tuning(app):
     base = app.recipe.batch_size
-    grid = [(lr, warmup, seed) for seed in TUNING_SEEDS for lr in app.lrs for warmup in app.warmups]
     return [
         Planned("baseline", app.schedule(base, base_lr=lr, base_warmup_epochs=warmup), seed, "validation")
-        for lr, warmup, seed in grid
+        for lr, warmup, seed in grid(app)
     ]
 
 
 def run(app, plan, settings, file):
-    """Do the planned runs that the file does not have yet, one line each; returns all the planned ones' rows."""
+    """The rows of all planned runs. Those that the file lacks are made now, and it gets a line for each."""
     file.parent.mkdir(parents=True, exist_ok=True)
     done = read(file)
     rows, waiting = [], []
@@ -71,7 +71,7 @@ def run(app, plan, settings, file):
 
 
 def _run_one(app, planned, key, settings, file, bar):
-    # A name of its own for everything that makes a run another one.
+    # Runs with different keys get different names.
     name = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:16]
     checkpoint = file.parent / "checkpoints" / f"{app.name}-{name}.pt"
 
@@ -93,19 +93,8 @@ def _run_one(app, planned, key, settings, file, bar):
 
 
 def _rounded(value):
-    """Six digits; JSON has no infinity and no NaN."""
+    """Six digits, or None where JSON has no number: it knows no infinity and no NaN."""
     return float(f"{value:.6g}") if math.isfinite(value) else None
-
-
-def choose(app, rows):
-    """(LR, warm-up epochs) by the rule of `fused_legw.demo.select`, from the tuning's last validation qualities."""
-    scores: dict[tuple[float, float], list[float]] = {}
-    for row in rows:
-        pair = row["schedule"]["base_lr"], row["schedule"]["base_warmup_epochs"]
-        # Perplexities compare by their logarithms. A run that diverged gets a figure that no other gets.
-        value = row["quality"] if app.higher else -math.log(row["quality"] or 1e9)
-        scores.setdefault(pair, []).append((-1e3 if not app.higher else 0.0) if row["diverged"] else value)
-    return select(scores)
 
 
 # The command line
@@ -121,7 +110,7 @@ def _parser(app):
         "--batch-size", type=int, nargs="+", metavar="B", help=f"(default: {batches}; with --data the recipe's times k)"
     )
     add("--seeds", type=int, default=1, metavar="N", help="seeds 0 to N-1 (default: 1; recorded: 3)")
-    add("--arms", nargs="+", choices=list(ARMS), default=list(ARMS), help="scaling rules of the larger batches")
+    add("--arms", nargs="+", choices=list(SCALINGS), default=list(SCALINGS), help="scaling rules of the larger batches")
     add("--lr", type=float, help="peak LR at the recipe's batch, instead of the recipe's")
     add("--warmup-epochs", type=float, help="warm-up at the recipe's batch, instead of the recipe's")
     add("--epochs", type=float, help="length of every run, instead of the recipe's")
@@ -169,8 +158,8 @@ def _checked(app, args):
 
 
 def main(app, arguments=None):
-    """Run an application's command; what makes no sense ends in one line and exit status 2, before any training."""
-    from . import report  # which imports the applications, and they this
+    """Run an application's command. Arguments that make no sense end in one line and exit status 2, before training."""
+    from . import report  # not above: report imports the applications, which import this module
 
     parser = _parser(app)
     args = parser.parse_args(arguments)
@@ -186,7 +175,7 @@ def main(app, arguments=None):
         print("chosen: LR {:g}, warm-up {:g} epochs".format(*choose(app, rows)))
         return
     rows = run(app, plan, settings, args.output / f"{app.name}.jsonl")
-    print(app.title, report.table(app, rows), sep="\n")
+    print(app.title, report.sweep_table(app, rows), sep="\n")
     plot(app, rows, args.output / f"{app.name}.png")
     print(f"written to {args.output}")
     if args.quick:

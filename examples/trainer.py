@@ -21,7 +21,7 @@ OPTIMIZERS = {
 
 @dataclass(frozen=True)
 class Settings:
-    """How to run, which does not change what is learned but for rounding."""
+    """How to run."""
 
     device: torch.device
     amp: torch.dtype | None = None
@@ -31,12 +31,12 @@ class Settings:
 
 @dataclass
 class Progress:
-    """What a run has come to: one number per epoch. seconds: of training alone, summed up; cpu_seconds: likewise."""
+    """How far a run has come: one number per epoch."""
 
     losses: list[float] = field(default_factory=list)
     qualities: list[float] = field(default_factory=list)
-    seconds: list[float] = field(default_factory=list)
-    cpu_seconds: list[float] = field(default_factory=list)
+    seconds: list[float] = field(default_factory=list)  # of training alone, since the start
+    cpu_seconds: list[float] = field(default_factory=list)  # the same in processor time
 
     @property
     def diverged(self):
@@ -44,11 +44,13 @@ class Progress:
 
 
 def train(app, schedule, seed, settings, *, split="test", checkpoint=None, told=lambda updates, loss: None):
-    """Train from scratch, or on from a checkpoint file; returns (model, Progress).
+    """Train from scratch, or on from a checkpoint file: (model, Progress).
 
-    The seed sets the weights, the order of samples and dropout. A run ends early once its loss is not finite. told:
-    called after every epoch. The checkpoint is written after every epoch; on one machine a resumed run equals the
-    uninterrupted one bit for bit.
+    A run ends early once its loss is not finite. On one machine a resumed run equals the uninterrupted one bit for bit.
+
+    seed: sets the weights, the order of samples and dropout.
+    checkpoint: a file that is written after every epoch.
+    told: called after every epoch with its updates and its loss.
     """
     torch.manual_seed(seed)
     model = app.model().to(settings.device)
@@ -78,7 +80,7 @@ def _epoch(app, model, update, batch_size):
     """(mean loss, seconds, seconds of processor time) of one epoch."""
     model.train()
     state, count = app.start(batch_size, app.device), 0
-    total = torch.zeros((), device=app.device)  # on the device: reading every update's loss would wait for it
+    total = torch.zeros((), device=app.device)  # on the device, so that the host waits once an epoch
     start, cpu_start = time.perf_counter(), time.process_time()
     for batch in app.batches(batch_size):
         loss, state = update(batch, state)
@@ -89,7 +91,7 @@ def _epoch(app, model, update, batch_size):
 
 
 class Update:
-    """One update of the weights from one batch: eager, or replayed from a CUDA graph after three eager ones."""
+    """One update of the weights from one batch. With cuda_graph only the first three are eager."""
 
     def __init__(self, app, model, optimizer, scaler, settings):
         self.app, self.model, self.optimizer, self.scaler, self.settings = app, model, optimizer, scaler, settings
@@ -135,7 +137,7 @@ class Update:
 
 
 def _save(file, parts, progress):
-    """Written beside the file and put in its place, so that a stop on the way leaves the last one."""
+    """Write beside the file, then put the new one in its place: an interruption leaves the old one whole."""
     states = {name: part.state_dict() for name, part in parts.items()}
     generators = {"cpu": torch.get_rng_state()}
     if torch.cuda.is_available():

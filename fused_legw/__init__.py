@@ -3,6 +3,7 @@
 from . import reference
 from .optim.adam import Adam, AdamW
 from .optim.adamp import AdamP
+from .optim.base import FusedOptimizer
 from .optim.grouping import param_groups
 from .optim.lamb import LAMB
 from .optim.lars import LARS
@@ -16,7 +17,7 @@ from .training.gradient_norms import DistributedNorms, MicroBatchNorms
 from .training.noise_scale import GradientNoiseScale
 from .verification.compare import verify
 
-__version__ = "0.1.0.dev0"
+__version__ = "0.1.0"
 __all__ = [
     "LAMB",
     "LARS",
@@ -31,6 +32,7 @@ __all__ = [
     "DistributedNorms",
     "Exponential",
     "FollowSchedule",
+    "FusedOptimizer",
     "GradScaler",
     "GradientNoiseScale",
     "MicroBatchNorms",

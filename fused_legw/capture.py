@@ -1,6 +1,8 @@
-"""Whether work is being captured into a CUDA graph."""
+"""Whether work is being captured into a CUDA graph, and what a capture refuses."""
 
 from __future__ import annotations
+
+from collections.abc import Iterable
 
 import torch
 
@@ -11,3 +13,13 @@ def capturing(device: torch.device) -> bool:
         return False
     with torch.cuda.device(device):  # whose current stream is asked
         return torch.cuda.is_current_stream_capturing()
+
+
+def any_capturing(devices: Iterable[torch.device]) -> bool:
+    return any(map(capturing, devices))
+
+
+def refuse(devices: Iterable[torch.device], reason: str) -> None:
+    """Raise RuntimeError where any of these devices is capturing."""
+    if any_capturing(devices):
+        raise RuntimeError(f"{reason}: run optimizer.step() eagerly once before capturing it into a graph")

@@ -1,4 +1,9 @@
-"""What the LR does after the warm-up: the decays, and the checks of numbers they share with the run."""
+"""What is refused, and in which words, before anything has changed.
+
+There are two voices. Options that torch.optim has too are refused in its words, "Invalid momentum value: -1", because
+its own tests and other people's look for them. All others are refused by what they must be, "base_lr must be a finite
+positive number, got -1".
+"""
 
 from __future__ import annotations
 
@@ -16,6 +21,7 @@ from torch.nn.parameter import UninitializedParameter
 
 
 def fail(name: str, value: object, rule: str) -> NoReturn:
+    """Say what an argument must be, and what it is."""
     raise ValueError(f"{name} must be {rule}, got {value!r}")
 
 
@@ -188,7 +194,7 @@ def _check_plain(name: str, x: Tensor) -> None:
 
 
 def check_step(label: str, value: Any) -> None:
-    """Refuse a count of updates that is none."""
+    """Reject a `step` that is not a number of updates."""
     number = value.item() if isinstance(value, Tensor) and value.numel() == 1 else value
     if not (isinstance(number, numbers.Real) and 0 <= float(number) < math.inf):
         raise ValueError(f"{label}['step'] must be a number of updates, zero or more, got {value!r}")

@@ -21,8 +21,6 @@ from .schedules.base import Schedule
 LAYOUT = frozenset(
     {"foreach", "fused", "differentiable", "capturable", "backend", "flatten", "master_weights", "carry_norms", "tile"}
 )
-
-
 Group = dict[str, Any]
 
 

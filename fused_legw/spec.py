@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from torch import Tensor
@@ -12,12 +12,10 @@ from . import checks
 from .schedules.base import Schedule
 
 Group = dict[str, Any]  # one of torch.optim's param_groups
-
-
 Gradients = Sequence[Tensor | None]  # one per segment of a bucket, in the parameter's layout
 
 
-class Rule:
+class OptimizerSpec:
     """An optimizer's state, and what its hyper-parameters mean to the kernels and to ATen."""
 
     name: str  # of the kernels' rule, in `legw_kernels.rules.registry.RULES`
@@ -27,6 +25,10 @@ class Rule:
     two_stage = False  # whether the states advance in the norm pass, which a global norm must come before
     carries = False  # whether the norms of the weights may be carried over from the last step
     projects = False  # whether updates are projected by rows, which must then be contiguous in memory
+
+    def __init__(self, aten: Callable[[Any, Any, float], None]) -> None:
+        """aten: one update of an `AtenBatch` by ATen, with hyper-parameters as `hyper` gives them, read, and the LR."""
+        self.aten = aten
 
     def check(self, group: Group) -> None:
         """Raise for options of the wrong kind or out of range, however they came into the group; LRs are checked apart.
@@ -67,7 +69,7 @@ class Rule:
         limit = group["max_grad_norm"]
         return (math.inf if limit is None else float(limit)), False
 
-    def clips(self, groups: list[Group]) -> bool:
+    def clips(self, groups: Sequence[Group]) -> bool:
         """Whether any group clips."""
         return any(self.clip(group)[0] < math.inf for group in groups)
 
@@ -75,16 +77,9 @@ class Rule:
         """Whether tensors of one dimension or none are neither adapted nor decayed."""
         return False
 
-    def measures_clipped(self, group: Group) -> bool:
+    def needs_clipped(self, group: Group) -> bool:
         """Whether the trust ratio needs gradients that are already clipped, and so the global norm before it."""
         return self.two_stage
-
-    def aten(self, tensors: Any, lr: float, count: int, scale: float, group: Group) -> None:
-        """One update of these tensors by ATen; where it has trust ratios, it fills in `tensors.ratios`.
-
-        count: their earlier updates. scale: what their gradients are multiplied by, for clipping and AMP.
-        """
-        raise NotImplementedError
 
 
 def hyper_value(x: Any) -> Any:

@@ -1,4 +1,4 @@
-"""The LARS and LAMB that people mean, by name: rows of axes. Sources and formulas: `LARS` and `LAMB`."""
+"""LARS and LAMB in the published variants, by name: rows of axes. Sources and formulas: `LARS` and `LAMB`."""
 
 from __future__ import annotations
 
@@ -10,82 +10,62 @@ from .checks import check_flag, check_number, check_range
 Axes = dict[str, Any]
 
 
-def _lars(
-    trust_coefficient: float,
-    eps: float,
-    denominator: str,
-    form: str,
-    trust_clip: bool,
-    not_adapted: str,
-    zero_norm: str,
-) -> Axes:
-    return dict(
-        trust_coefficient=trust_coefficient,
-        eps=eps,
-        denominator=denominator,
-        form=form,
-        trust_clip=trust_clip,
-        not_adapted=not_adapted,
-        zero_norm=zero_norm,
-    )
-
+# The paper's axes; every other row says how it differs from them.
+_LARS_PAPER: Axes = dict(
+    trust_coefficient=0.001,
+    eps=0,
+    denominator="sum_of_norms",
+    form="scaled",
+    trust_clip=False,
+    not_adapted="nothing",
+    zero_norm="denominator",
+)
+_LARS_TORCH = _LARS_PAPER | dict(eps=1e-8, form="torch")  # where most code for torch begins
 
 LARS: dict[str, Axes] = {
-    "paper": _lars(0.001, 0, "sum_of_norms", "scaled", False, "nothing", "denominator"),
-    "tensorflow": _lars(0.001, 0, "sum_of_norms", "scaled", False, "nothing", "one"),
-    "simclr": _lars(0.001, 0, "norm_of_sum", "scaled", False, "nothing", "one"),
-    "simclr-popular": _lars(0.001, 0, "norm_of_sum", "popular", False, "nothing", "one"),
-    "nvidia": _lars(0.001, 0, "sum_of_norms", "corrected", False, "nothing", "one"),
-    "apex-larc": _lars(0.02, 1e-8, "sum_of_norms", "torch", True, "nothing", "plain"),
-    "rocm": _lars(0.001, 0, "sum_of_norms", "scaled", False, "nothing", "one"),
-    "torchlars": _lars(0.001, 1e-8, "sum_of_norms", "torch", False, "nothing", "one"),
-    "timm": _lars(0.001, 1e-8, "sum_of_norms", "torch", False, "no_decay", "one"),
-    "bolts": _lars(0.001, 1e-8, "sum_of_norms", "torch", False, "no_decay", "plain"),
-    "moco": _lars(0.001, 0, "norm_of_sum", "torch", False, "vectors", "one"),
-    "optax": _lars(0.001, 0, "norm_of_sum", "scaled", False, "nothing", "one"),
+    "paper": _LARS_PAPER,
+    "tensorflow": _LARS_PAPER | dict(zero_norm="one"),
+    "simclr": _LARS_PAPER | dict(denominator="norm_of_sum", zero_norm="one"),
+    "simclr-popular": _LARS_PAPER | dict(denominator="norm_of_sum", form="popular", zero_norm="one"),
+    "nvidia": _LARS_PAPER | dict(form="corrected", zero_norm="one"),
+    "apex-larc": _LARS_TORCH | dict(trust_coefficient=0.02, trust_clip=True, zero_norm="plain"),
+    "rocm": _LARS_PAPER | dict(zero_norm="one"),
+    "torchlars": _LARS_TORCH | dict(zero_norm="one"),
+    "timm": _LARS_TORCH | dict(not_adapted="no_decay", zero_norm="one"),
+    "bolts": _LARS_TORCH | dict(not_adapted="no_decay", zero_norm="plain"),
+    "moco": _LARS_PAPER | dict(denominator="norm_of_sum", form="torch", not_adapted="vectors", zero_norm="one"),
+    "optax": _LARS_PAPER | dict(denominator="norm_of_sum", zero_norm="one"),
 }
-
-
 PLAIN_MOMENTUM_ONLY = ("nvidia", "rocm")  # variants that define neither nesterov nor dampening
 
-
-def _lamb(
-    bias_correction: bool | str, max_grad_norm: float | None, trust_clamp: tuple[float, float] | None,
-    not_adapted: str, eps: float, weight_decay: float,
-) -> Axes:  # fmt: skip
-    return dict(
-        bias_correction=bias_correction,
-        max_grad_norm=max_grad_norm,
-        trust_clamp=trust_clamp,
-        not_adapted=not_adapted,
-        eps=eps,
-        weight_decay=weight_decay,
-        decoupled_weight_decay=True,
-        weight_norm_clamp=None,
-    )
-
+_LAMB_PAPER: Axes = dict(
+    bias_correction=True,
+    max_grad_norm=None,
+    trust_clamp=None,
+    not_adapted="nothing",
+    eps=1e-6,
+    weight_decay=0.01,
+    decoupled_weight_decay=True,
+    weight_norm_clamp=None,
+)
+_LAMB_CLIPPED = _LAMB_PAPER | dict(max_grad_norm=1.0, not_adapted="no_decay")
 
 LAMB: dict[str, Axes] = {
-    "paper": _lamb(True, None, None, "nothing", 1e-6, 0.01),
-    "author-tf": _lamb(False, 1.0, None, "no_decay", 1e-6, 0.01),
-    "apex": _lamb(True, 1.0, None, "no_decay", 1e-6, 0.01),
-    "timm": _lamb(True, 1.0, None, "no_decay", 1e-6, 0.01),
-    "deepspeed": _lamb("step_size", None, (0.01, 10.0), "nothing", 1e-8, 0.0),
-    "optax": _lamb(True, None, None, "nothing", 1e-6, 0.0),
+    "paper": _LAMB_PAPER,
+    "author-tf": _LAMB_CLIPPED | dict(bias_correction=False),
+    "apex": _LAMB_CLIPPED,
+    "timm": _LAMB_CLIPPED,
+    "deepspeed": _LAMB_PAPER | dict(bias_correction="step_size", trust_clamp=(0.01, 10.0), eps=1e-8, weight_decay=0.0),
+    "optax": _LAMB_PAPER | dict(weight_decay=0.0),
 }
 
-
 DIVIDING = ("author-tf", "apex", "timm")  # variants whose clipping is g / max(1, norm / c)
-
-
 CHOICES: dict[str, tuple[Any, ...]] = {
     "form": ("scaled", "corrected", "torch", "unscaled", "popular"),
     "denominator": ("sum_of_norms", "norm_of_sum"),
     "zero_norm": ("one", "denominator", "plain"),
     "bias_correction": (True, False, "step_size"),
 }
-
-
 CHECKS: dict[str, Callable[[str, Any], None]] = {
     "trust_coefficient": check_number,
     "trust_clip": check_flag,

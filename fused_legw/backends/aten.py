@@ -15,28 +15,27 @@ from legw_kernels import formulas
 
 from .. import capture
 from ..buffers.bucket import MASTER, Bucket, compute_dtype
-from ..spec import Gradients, Group, Rule, group_lr
-from .aten_math import Flat, Tensors, norms
-from .base import Control
+from ..buffers.gradients import GradientSet
+from ..spec import Gradients, Group, OptimizerSpec, group_lr, hyper_floats
+from ..torch_private import foreach_copy_
+from .aten_math import AtenBatch, Joined, norms
+from .base import Backend, StepControl
+from .passes import Pass
 
 _BATCH = 1 << 21  # elements: what is made of them on the way should stay in a cache, in few calls
 
 
 @dataclass
 class Batch:
-    """Segments of one bucket, group and count that ATen updates together, and the lists of their tensors.
-
-    count: their earlier updates. rows: their places in the bucket's tables. first_column: the bucket's first place in
-    those of the device. converts: whether any gradient is of another dtype than the arithmetic.
-    """
+    """Segments of one bucket, group and count that ATen updates together, and the lists of their tensors."""
 
     bucket: Bucket
     group: int
-    count: int
-    chosen: list[int]
-    first_column: int
-    converts: bool = False
-    _looks: object = None
+    count: int  # their earlier updates
+    chosen: list[int]  # their places in the bucket's tables
+    first_column: int  # the bucket's first place in the tables of the device
+    converts: bool = False  # whether any gradient is of another dtype than the arithmetic
+    _generation: int = -1  # of the gradients that `converts` is known of
     _states: dict[tuple[str, bool], list[Tensor]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -48,9 +47,9 @@ class Batch:
         self._starts = [segment.first_tile * tile for segment in segments]
         self.elements = sum(map(self.bucket.padded, segments))
         self.joined = self._joined()
-        self.scratch: list[Flat] = []  # room for copies of the gradients and for updates, where the rule needs that
+        self.scratch: list[Joined] = []  # room for copies of the gradients and for updates, where the rule needs that
 
-    def _joined(self) -> Flat | None:
+    def _joined(self) -> Joined | None:
         """The weights that are updated, masters if there are any, if they follow one another in a buffer of ours."""
         weights, buffer = self.params, self.bucket.weights
         if MASTER in self.bucket.state:
@@ -62,7 +61,7 @@ class Batch:
             return None
         if not 0 <= places[0] <= buffer.numel() - self.elements:
             return None
-        return Flat(buffer[places[0] :][: self.elements], weights, self.bucket.tile)
+        return Joined(buffer[places[0] :][: self.elements], weights, self.bucket.tile)
 
     def state(self, name: str, *, whole: bool = False) -> list[Tensor]:
         """The segments' state; whole: as one tensor."""
@@ -73,11 +72,12 @@ class Batch:
             self._states[name, whole] = every
         return self._states[name, whole]
 
-    def gradients(self, some: Gradients, looks: object) -> list[Tensor]:
-        """These segments' own, of the bucket's. looks: see `Layout`."""
+    def gradients(self, some: Gradients, generation: int) -> list[Tensor]:
+        """These segments' own, of the bucket's. generation: see `GradientSet`."""
         own: list[Any] = list(some[self.rows] if isinstance(self.rows, slice) else map(some.__getitem__, self.rows))
-        if looks is not self._looks:
-            self.converts, self._looks = any(g.dtype != compute_dtype(self.bucket.dtype) for g in own), looks
+        if generation != self._generation:
+            self.converts = any(g.dtype != compute_dtype(self.bucket.dtype) for g in own)
+            self._generation = generation
         return own
 
     def put(self, row: list[float], values: list[float]) -> None:
@@ -113,65 +113,57 @@ def _counts_of(made: Sequence[Batch], n: int) -> list[int | None]:
     return counts
 
 
-class AtenBackend:
+class AtenBackend(Backend):
     """ATen's fused kernels over lists of the same tensors; counts, norms and LR on the host."""
 
     name = "aten"
-    captured = False
+    counts_on_host = True
 
-    def __init__(
-        self,
-        rule: Rule,
-        buckets: Sequence[Bucket],
-        groups: Sequence[Group],
-        steps_applied: int,
-        *,
-        carry_norms: bool = False,
-    ) -> None:
+    def __init__(self, spec: OptimizerSpec, buckets: Sequence[Bucket], steps_applied: int) -> None:
         self.device = buckets[0].device
-        self._rule, self.buckets = rule, buckets
+        self._spec, self.buckets = spec, buckets
         self.step_counts = torch.tensor([steps_applied, 0], dtype=torch.int64, device="cpu")
         self._step_counts = self.step_counts.numpy()  # the same memory, in a tenth of the time
-        self._first_columns = list(accumulate((len(bucket.segments) for bucket in buckets), initial=0))
-        self._norms: dict[str, list[float]] = {}  # of each tensor, by kind, once any were taken
-        self._scratch: dict[torch.dtype, tuple[Tensor, ...]] = {}
-        self._measures_later = False
         self.nonfinite = torch.zeros(1, device="cpu")
-        self._norm = 0.0
-        # By bucket: batches, what they were made for, and the looks of gradients that they are known to fit.
-        self._batches: list[tuple[list[Batch], object, object]] = [([], (), None) for _ in buckets]
-        self._looks: object = None
+        self._first_columns = list(accumulate((len(bucket.segments) for bucket in buckets), initial=0))
+        self._gradients: Sequence[Gradients] = ()  # of the step that has begun, by bucket
+        self._generation = -1  # of those; see `GradientSet`
+        self._options = -1  # the generation of options that the next is of
+        self._hypers: dict[int, Any] = {}  # hyper-parameters by group, read
+        self._norms: dict[str, list[float]] = {}  # of each tensor, by kind, once any were taken
+        self._norm = 0.0  # of all gradients
+        self._takes_norms_later = False  # the update takes the gradients' norms, batch by batch
+        # By bucket: batches, what they were made for, and the generation of gradients that they are known to fit.
+        self._batches: list[tuple[list[Batch], object, int]] = [([], (), -1) for _ in buckets]
+        self._scratch: dict[torch.dtype, tuple[Tensor, ...]] = {}
 
     def begin(
-        self,
-        groups: Sequence[Group],
-        gradients: Sequence[Gradients],
-        control: Control,
-        others: int,
-        looks: object,
-    ) -> None:
-        """Take the gradients of one step: one list per bucket.
-
-        others: how many other devices take part. looks: stands for what the gradients look like; see `Layout`.
-        """
+        self, groups: Sequence[Group], found: GradientSet, control: StepControl, *, others: int, options: int
+    ) -> None:  # fmt: skip
         if capture.capturing(self.device):
             raise RuntimeError(
                 "backend='aten' cannot be captured: its LR and counts are on the host; use backend='triton'"
             )
-        self._gradients, self._looks = gradients, looks
-        if not self._norms and (control.global_norm or self._rule.adapts):
+        self._gradients, self._generation = found.by_bucket, found.generation
+        if options != self._options:
+            self._options, self._hypers = options, {}
+        if not self._norms and (control.global_norm or self._spec.adapts):
             self._norms = {kind: [0.0] * self._first_columns[-1] for kind in ("gradient", "weight", "ratio")}
 
-    def write_groups(self, groups: Sequence[Group]) -> None:
-        """Nothing: every step reads the groups."""
+    def end(self) -> None:
+        self._gradients = ()  # zero_grad is to free them
 
-    def measure(self, control: Control, *, updates: bool, gradients: bool, clips: bool) -> None:
-        """Norms of the gradients; those of weights and updates are taken as the tensors are updated."""
-        if not gradients:
-            return
+    def run(self, what: Pass, groups: Sequence[Group], control: StepControl) -> None:
+        """A norm pass takes norms of gradients; those of weights and updates are taken as the tensors are updated."""
+        if what.kind == "norms" and "gradients" in what.of:
+            self._take_gradient_norms(control)
+        if what.kind == "update":
+            self._update_or_skip(groups, control)
+
+    def _take_gradient_norms(self, control: StepControl) -> None:
         # Where nothing can skip the step, the update takes them, batch by batch.
-        self._measures_later = not control.global_norm and control.found_inf is None
-        if self._measures_later:
+        self._takes_norms_later = not control.global_norm and control.found_inf is None
+        if self._takes_norms_later:
             self._norms["gradient"] = [0.0] * self._first_columns[-1]
             return
         every = [g for some in self._gradients for g in some]
@@ -182,39 +174,31 @@ class AtenBackend:
     def global_norm(self) -> Tensor:
         return torch.tensor(self._norm, dtype=torch.float64, device="cpu")
 
-    def weights_changed(self) -> None:
-        """Nothing: every step takes the norms of the weights."""
-
-    def norms(self, kind: str) -> list[Tensor] | None:
-        """One kind of norm of each tensor, bucket by bucket; None before any were taken."""
-        return list(torch.tensor(self._norms[kind], dtype=torch.float64).unbind()) if self._norms else None
-
     def take_norms(self, others: Sequence[Tensor]) -> None:
         self._norm = math.hypot(self._norm, *map(float, others))
 
-    def update(self, groups: Sequence[Group], control: Control, *, clipped: bool, advance: bool) -> None:
-        """The update. clipped: of no matter here, see the other backend. advance: whether this step counts."""
+    def norms(self, kind: str) -> list[Tensor] | None:
+        return list(torch.tensor(self._norms[kind], dtype=torch.float64).unbind()) if self._norms else None
+
+    def _update_or_skip(self, groups: Sequence[Group], control: StepControl) -> None:
         apply = control.found_inf is None or float(control.found_inf) == 0
         if control.global_norm:
             self.nonfinite.fill_(float(not math.isfinite(self._norm)))
             apply = apply and not (control.skips and self.nonfinite)
-        try:
-            if apply:
-                self._update_all(groups, control)
-        finally:
-            self._gradients = ()  # zero_grad is to free them
-        self._step_counts[0 if apply else 1] += advance
+        if apply:
+            self._update_all(groups, control)
+        self._step_counts[0 if apply else 1] += control.counts_step
 
-    def _update_all(self, groups: Sequence[Group], control: Control) -> None:
+    def _update_all(self, groups: Sequence[Group], control: StepControl) -> None:
         t, inverse = int(self._step_counts[0]), control.inverse_scale
-        if self._rule.adapts:
+        if self._spec.adapts:
             self._norms["weight"] = [0.0] * self._first_columns[-1]
         lrs = [group_lr(group, t) for group in groups]
         clips = [1.0] * len(groups)
         if control.clips:
-            clips = [formulas.clip_factor(self._norm, *self._rule.clip(group)) for group in groups]
+            clips = [formulas.clip_factor(self._norm, *self._spec.clip(group)) for group in groups]
         # Where nothing is made of the tensors on the way, one call is best.
-        sums = any(map(self._rule.measures_clipped, groups))
+        sums = any(map(self._spec.needs_clipped, groups))
         whole = not (sums or control.clips or control.grad_scale is not None)
         for index, (bucket, some) in enumerate(zip(self.buckets, self._gradients, strict=True)):
             most = math.inf if whole and bucket.dtype == compute_dtype(bucket.dtype) else _BATCH
@@ -224,48 +208,51 @@ class AtenBackend:
 
     def _batches_of(self, index: int, bucket: Bucket, some: Gradients, most: float) -> list[Batch]:
         """Those of the last update, if they fit."""
-        made, made_for, looks = self._batches[index]
+        made, made_for, generation = self._batches[index]
         key = most, bucket.addresses
-        if looks is self._looks and made_for == key and bucket.steps_are_ours():
+        if generation == self._generation and made_for == key and bucket.steps_are_ours():
             return made
         counts = [None if g is None else count for g, count in zip(some, bucket.exact_steps(), strict=True)]
         if made_for != key or counts != _counts_of(made, len(counts)):
             made = batches(bucket, self._first_columns[index], counts, most)
-            if self._rule.two_stage:
+            if self._spec.two_stage:
                 self._give_scratch(bucket, made)
-        self._batches[index] = made, key, self._looks
+        self._batches[index] = made, key, self._generation
         return made
 
     def _update(self, batch: Batch, some: Gradients, lr: float, group: Group, inverse: float, clip: float) -> None:
         bucket, compute = batch.bucket, compute_dtype(batch.bucket.dtype)
-        used = self._rule.used_states(group)
-        whole = self._rule.two_stage and batch.adjacent
-        states = [batch.state(name, whole=whole) if name in used else [] for name in self._rule.states]
+        used = self._spec.used_states(group)
+        whole = self._spec.two_stage and batch.adjacent
+        states = [batch.state(name, whole=whole) if name in used else [] for name in self._spec.states]
         weights = batch.params
         if bucket.dtype != compute:
             weights = [self._synced_master(bucket, i) for i in batch.chosen]
-        gradients = batch.gradients(some, self._looks)
-        if batch.converts and not self._rule.two_stage:
+        gradients = batch.gradients(some, self._generation)
+        if batch.converts and not self._spec.two_stage:
             gradients = [g if g.dtype == compute else g.to(compute) for g in gradients]
-        tensors = Tensors(weights, gradients, states, batch.joined, whole=whole)
+        tensors = AtenBatch(weights, gradients, states, batch.count, inverse * clip, batch.joined, whole=whole)
         if batch.scratch:
             tensors.gathered, tensors.scratch = batch.scratch
-            torch._foreach_copy_(tensors.gathered.views, gradients)
+            foreach_copy_(tensors.gathered.views, gradients)
             tensors.gathered.clear_padding()
-        if self._rule.adapts:
+        if self._spec.adapts:
+            tensors.exempts_vectors = self._spec.exempts_vectors(group)
             self._take_norms(batch, tensors, inverse, clip)
-        self._rule.aten(tensors, lr, batch.count, inverse * clip, group)
-        if self._rule.adapts:
+        if (hyper := self._hypers.get(batch.group)) is None:
+            hyper = self._hypers[batch.group] = hyper_floats(self._spec.hyper(group))
+        self._spec.aten(tensors, hyper, lr)
+        if self._spec.adapts:
             batch.put(self._norms["ratio"], tensors.ratios)
         if bucket.dtype != compute:
-            torch._foreach_copy_(batch.params, weights)
+            foreach_copy_(batch.params, weights)
         if used:
             batch.count += 1
             bucket.count(batch.rows, batch.count)
 
-    def _take_norms(self, batch: Batch, tensors: Tensors, inverse: float, clip: float) -> None:
+    def _take_norms(self, batch: Batch, tensors: AtenBatch, inverse: float, clip: float) -> None:
         """Give the tensors their norms, of the gradients unless they are known."""
-        if self._measures_later:
+        if self._takes_norms_later:
             found = norms(tensors.grads) if tensors.gathered is None else tensors.gathered.norms()
             batch.put(self._norms["gradient"], [x * inverse for x in found])
         tensors.g_norms = [self._norms["gradient"][batch.first_column + i] * clip for i in batch.chosen]
@@ -283,7 +270,7 @@ class AtenBackend:
         if not held or held[0].numel() < size:
             held = self._scratch[dtype] = tuple(torch.empty(size, dtype=dtype, device=self.device) for _ in range(2))
         for batch in made:
-            batch.scratch = [Flat.like(batch.params, buffer, bucket.tile) for buffer in held]
+            batch.scratch = [Joined.like(batch.params, buffer, bucket.tile) for buffer in held]
 
     @staticmethod
     def _synced_master(bucket: Bucket, i: int) -> Tensor:

@@ -10,11 +10,13 @@ from itertools import accumulate
 import torch
 from torch import Tensor
 
+from ..torch_private import foreach_mul, foreach_zero_
+
 _ROW, _SMALL = 256, 4096  # of a small tensor `norms` takes the elements, of others the norms of rows
 
 
 @dataclass
-class Flat:
+class Joined:
     """Tensors that follow one another in one tensor, each padded to whole tiles.
 
     ATen starts its threads once for each large tensor that it is given, and its fused kernels for small ones too, which
@@ -32,7 +34,7 @@ class Flat:
         self._pads = [self.whole[start + x.numel() : end] for x, start, end in every if start + x.numel() < end]
 
     @classmethod
-    def like(cls, tensors: Sequence[Tensor], buffer: Tensor, tile: int) -> Flat:
+    def like(cls, tensors: Sequence[Tensor], buffer: Tensor, tile: int) -> Joined:
         """Room for tensors of these shapes and strides at the start of a buffer."""
         ends = [0, *accumulate(-(-x.numel() // tile) * tile for x in tensors)]
         views = [buffer.as_strided(x.shape, x.stride(), at) for x, at in zip(tensors, ends, strict=False)]
@@ -43,7 +45,7 @@ class Flat:
 
     def clear_padding(self) -> None:
         if self._pads:
-            torch._foreach_zero_(self._pads)
+            foreach_zero_(self._pads)
 
     def norms(self) -> list[float]:
         """`norms` of the views, to the bit; whatever the padding holds."""
@@ -54,30 +56,29 @@ class Flat:
 
 
 @dataclass
-class Tensors:
-    """The tensors of one group, dtype and count that ATen updates: lists, an entry per parameter.
-
-    states: a list for each of the rule's states; empty where the group does not use it. joined: the parameters, if they
-    follow one another. Where the rule is two-stage, gathered: a copy of the gradients; scratch: as much memory again;
-    whole: whether the states follow one another like these, then the lists of states hold that one tensor. Where the
-    rule adapts, g_norms: norms of the gradients as they are to be used; w_norms: of the weights; ratios: to be filled.
-    """
+class AtenBatch:
+    """The tensors of one group, dtype and count that ATen updates together: lists, an entry per parameter."""
 
     params: list[Tensor]
     grads: list[Tensor]
-    states: list[list[Tensor]]
-    joined: Flat | None = None
-    gathered: Flat | None = None
-    scratch: Flat | None = None
-    whole: bool = False
-    g_norms: list[float] = field(default_factory=list)
-    w_norms: list[float] = field(default_factory=list)
-    ratios: list[float] = field(default_factory=list)
+    states: list[list[Tensor]]  # for each of the spec's states; empty where the group does not use it
+    count: int  # earlier updates of these tensors
+    scale: float  # what gradients are multiplied by, for clipping and AMP
+    joined: Joined | None = None  # the parameters, if they follow one another
+    # Where the spec is two-stage:
+    gathered: Joined | None = None  # a copy of the gradients
+    scratch: Joined | None = None  # as much memory again
+    whole: bool = False  # whether the states follow one another like these; then their lists hold one tensor
+    # Where the spec adapts:
+    exempts_vectors: bool = False  # whether tensors of one dimension or none are neither adapted nor decayed
+    g_norms: list[float] = field(default_factory=list)  # norms of the gradients as they are to be used
+    w_norms: list[float] = field(default_factory=list)  # norms of the weights
+    ratios: list[float] = field(default_factory=list)  # trust ratios, to be filled in
 
 
 def scaled(grads: list[Tensor], factor: float) -> list[Tensor]:
     """The gradients times a factor, in new memory; themselves where it is 1."""
-    return grads if factor == 1 else list(torch._foreach_mul(grads, factor))
+    return grads if factor == 1 else list(foreach_mul(grads, factor))
 
 
 def norms(tensors: Sequence[Tensor], of_rows: Sequence[Tensor] = ()) -> list[float]:

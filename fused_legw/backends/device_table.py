@@ -26,7 +26,7 @@ class _Staging:
             self._copied.record(torch.cuda.current_stream(to.device))
 
 
-class Table:
+class DeviceTable:
     """A table of fixed size on one device.
 
     shared=False: a graph capture gets a device table and a pinned source of its own, made at an earlier eager write and
@@ -38,7 +38,7 @@ class Table:
 
     def __init__(self, numel: int, dtype: torch.dtype, device: torch.device, *, shared: bool = False) -> None:
         self._key = numel, dtype, device
-        self._device_table = torch.zeros(numel, dtype=dtype, device=device)
+        self.device_table = torch.zeros(numel, dtype=dtype, device=device)
         self._staging = [_Staging(*self._key), _Staging(*self._key)]
         self._values: Sequence[float] | None = None
         self._shared = shared
@@ -56,12 +56,12 @@ class Table:
         if capture.capturing(device):
             return self._write_captured(values)
         if self.prepares_captures and not self._shared and self._spare is None:
-            self._spare = torch.zeros_like(self._device_table), _Staging(*self._key)
+            self._spare = torch.zeros_like(self.device_table), _Staging(*self._key)
         if values != self._values:
             self._staging.reverse()
-            self._staging[0].copy(values, self._device_table)
+            self._staging[0].copy(values, self.device_table)
             self._values = values
-        return self._device_table
+        return self.device_table
 
     def _write_captured(self, values: Sequence[float]) -> Tensor:
         if self._shared:
@@ -70,7 +70,7 @@ class Table:
                     "a hyper-parameter in param_groups changed since the last eager step: run one eager step before "
                     "the capture"
                 )
-            return self._device_table
+            return self.device_table
         if self._spare is None:
             raise RuntimeError("optimizer.step() must run eagerly once before each graph capture of it")
         table, staging = self._spare

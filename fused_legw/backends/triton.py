@@ -1,42 +1,37 @@
-"""A step by Triton's kernels on the flat buffers of one device: tables for the launches, and their order."""
+"""A step by Triton's kernels on the flat buffers of one device: the tables that they read, and the launches."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from legw_kernels.formulas import FIXED, TENSOR32, TENSOR64, ScheduleConstants
+from legw_kernels import launch, tables, tuning
 
 from .. import capture
 from ..buffers.bucket import MASTER, Bucket, compute_dtype
-from ..spec import Gradients, Group, Rule
-from .base import Control
-from .device_table import Table
-
-if TYPE_CHECKING:
-    from legw_kernels.launch import Rows, Work
-
-
-_LR_KINDS = {torch.float32: TENSOR32, torch.float64: TENSOR64}
+from ..buffers.gradients import GradientSet
+from ..spec import Gradients, Group, OptimizerSpec
+from .base import Backend, StepControl
+from .device_table import DeviceTable
+from .group_table import GroupTable
+from .passes import Pass
 
 
 class _Norms(NamedTuple):
-    """Of one bucket: norms of each chunk, and each tensor's trust ratio."""
+    """The norms of one bucket."""
 
-    partials: Tensor
-    ratios: Tensor
+    partials: Tensor  # of each chunk; see `legw_kernels.tables`
+    ratios: Tensor  # each tensor's trust ratio
 
     def clear(self) -> None:
         self.partials.zero_()
         self.forget_weights()
 
     def forget_weights(self) -> None:
-        """Of what the last update left."""
-        from legw_kernels import tables
-
+        """Forget the weights' norms that the last update left."""
         if len(self.partials) > tables.WEIGHT_NORM.value + 1:
             self.partials[tables.WEIGHT_NORM.value :].fill_(tables.UNKNOWN.value)
 
@@ -52,26 +47,28 @@ def _addresses(bucket: Bucket, gradients: Gradients, dtype: torch.dtype, *, comp
     return bucket.addresses + own
 
 
-class TritonBackend:
-    """A launch per (parameter dtype, gradient dtype), more with norms; LR, norms and all counts stay on the device."""
+class _Launches(NamedTuple):
+    """What a step launches on the gradients of one dtype in one bucket."""
+
+    work: launch.Work
+    bucket: int
+    table: DeviceTable  # of addresses
+    complete: bool  # whether every gradient of the bucket is there and of that dtype
+
+
+class TritonBackend(Backend):
+    """A launch per pass, parameter dtype and gradient dtype; LR, norms and all counts stay on the device."""
 
     name = "triton"
 
     def __init__(
-        self,
-        rule: Rule,
-        buckets: Sequence[Bucket],
-        groups: Sequence[Group],
-        steps_applied: int,
-        *,
-        carry_norms: bool = False,
+        self, spec: OptimizerSpec, buckets: Sequence[Bucket], steps_applied: int, *, carry_norms: bool = False
     ) -> None:
-        from legw_kernels import launch
-
         self.device = device = buckets[0].device
-        self._rule, self.buckets = rule, buckets
+        self._spec, self.buckets = spec, buckets
         self.step_counts = torch.tensor([steps_applied, 0], dtype=torch.int64, device=device)
-        self._tables: tuple[Table, Table] | None = None  # of the groups, and of their schedules' milestones
+        self.nonfinite = torch.zeros(1, dtype=torch.float32, device=device)
+        self._group_table = GroupTable(spec, device)
         self._segments = [
             torch.tensor(
                 [launch.segment_row(s.param, s.first_tile, s.first_chunk, s.chunk_tiles, s.group) for s in b.segments],
@@ -80,74 +77,77 @@ class TritonBackend:
             ).to(device)
             for b in buckets
         ]
-        self._rows: list[Rows | None] = [
-            launch.Rows.of(b.params, b.tile, compute_dtype(b.dtype), device) if rule.projects else None for b in buckets
+        self._projections: list[launch.Rows | None] = [
+            launch.Rows.of(b.params, b.tile, compute_dtype(b.dtype), device) if spec.projects else None for b in buckets
         ]
-        self._address_tables: dict[tuple[int, torch.dtype], tuple[Table, Tensor]] = {}
+        # By bucket and gradient dtype: addresses, and the ticket of its launches.
+        self._address_tables: dict[tuple[int, torch.dtype], tuple[DeviceTable, Tensor]] = {}
         self._norms: list[_Norms] = []  # of each bucket, once needed
         self._totals: Tensor | None = None
         self._turn = torch.zeros(1, dtype=torch.int32, device=device) if carry_norms else None
         self._n_totals = self._others = 0
-        self.nonfinite = torch.zeros(1, dtype=torch.float32, device=device)
-        self._works: list[Work] = []
-        # By bucket: the dtypes of gradients, None among them where some are missing; and the looks that they are of.
-        self._dtypes: tuple[list[set[torch.dtype | None]], object] = ([], None)
+        self._launches = list[_Launches]()  # of the last step
+        self._unmeasured = list[_Norms]()  # of buckets without a gradient, whose last norms must not be shown again
+        self._made_for: object = None  # what those were made for
+
+    @property
+    def captured(self) -> bool:  # type: ignore[override]
+        return any(table.captured for table, _ in self._address_tables.values())
 
     def begin(
-        self,
-        groups: Sequence[Group],
-        gradients: Sequence[Gradients],
-        control: Control,
-        others: int,
-        looks: object,
-    ) -> None:
-        """Write the tables of one step. gradients: one list per bucket.
-
-        others: how many other devices take part. looks: stands for what the gradients look like; see `Layout`.
-        """
-        if self._tables is None and capture.capturing(self.device):  # pinned memory cannot be made in a capture
+        self, groups: Sequence[Group], found: GradientSet, control: StepControl, *, others: int, options: int
+    ) -> None:  # fmt: skip
+        if not self._group_table.made and capture.capturing(self.device):  # it cannot make pinned memory
             raise RuntimeError("optimizer.step() must run eagerly once before it is captured into a graph")
-        if control.global_norm or self._rule.adapts:
+        if control.global_norm or self._spec.adapts:
             self._make_norms(others)
-        tables = self.write_groups(groups)
-        if looks is not self._dtypes[1]:
-            self._dtypes = [{None if g is None else g.dtype for g in some} for some in gradients], looks
-        found = self._dtypes[0]
-        pairs = [(i, dtype) for i, dtypes in enumerate(found) for dtype in sorted(filter(None, dtypes), key=str)]
-        for i in set(range(len(self._norms))) - {i for i, _ in pairs}:  # or their last norms would be shown again
-            self._norms[i].clear()
-        self._n_totals, self._works = self._others, []
+        group_table, milestones = self._group_table.write(groups, options)
+        made_for = found.generation, bool(self._norms), [len(bucket.state) for bucket in self.buckets]
+        if made_for != self._made_for:
+            self._made_for = None
+            self._launches = self._plan(found.by_bucket, group_table, milestones)
+            self._made_for = made_for
+        for norms in self._unmeasured:
+            norms.clear()
+        for work, bucket, table, complete in self._launches:
+            gradients = found.by_bucket[bucket]
+            work.addresses = table.write(
+                _addresses(self.buckets[bucket], gradients, work.grad_dtype, complete=complete)
+            )
+            work.grad_scale = control.on(self.device, control.grad_scale)
+            work.found_inf = control.on(self.device, control.found_inf)
+
+    def _plan(self, by_bucket: Sequence[Gradients], groups: Tensor, milestones: Tensor) -> list[_Launches]:
+        """The launches for gradients of these looks: one for each dtype among a bucket's."""
+        dtypes = [{None if g is None else g.dtype for g in gradients} for gradients in by_bucket]
+        pairs = [(i, dtype) for i, some in enumerate(dtypes) for dtype in sorted(filter(None, some), key=str)]
+        self._unmeasured = [norms for i, norms in enumerate(self._norms) if not dtypes[i] - {None}]
+        self._n_totals, planned = self._others, list[_Launches]()
         # A device without any gradient still advances its count, beside the others.
         for i, dtype in pairs or [(0, self.buckets[0].dtype)]:
-            self._works.append(self._work(i, dtype, tables, gradients[i], control, complete=found[i] == {dtype}))
-        for work in self._works:
+            table, ticket = self._address_table(i, dtype)
+            work = self._work(i, dtype, groups, milestones, ticket, table)
+            self._n_totals += launch.programs(work.chunks, work.param_dtype)
+            planned.append(_Launches(work, i, table, dtypes[i] == {dtype}))
+        for work, *_ in planned:
             work.n_totals = self._n_totals
+        return planned
 
     def _work(
-        self,
-        index: int,
-        dtype: torch.dtype,
-        tables: tuple[Tensor, Tensor],
-        gradients: Gradients,
-        control: Control,
-        *,
-        complete: bool,
-    ) -> Work:
-        from legw_kernels import launch
-
+        self, index: int, dtype: torch.dtype, groups: Tensor, milestones: Tensor, ticket: Tensor, table: DeviceTable
+    ) -> launch.Work:
         bucket, norms = self.buckets[index], self._norms[index] if self._norms else None
-        table, ticket = self._address_table(index, dtype)
-        states = [bucket.state.get(name) for name in self._rule.states] + [None, None]
-        work = launch.Work(
-            rule=self._rule.name,
+        states = [bucket.state.get(name) for name in self._spec.states] + [None, None]
+        return launch.Work(
+            rule=self._spec.name,
             param_dtype=bucket.dtype,
             grad_dtype=dtype,
             tile=bucket.tile,
             segments=self._segments[index],
-            addresses=table.write(_addresses(bucket, gradients, dtype, complete=complete)),
+            addresses=table.device_table,
             chunks=bucket.chunks,
-            groups=tables[0],
-            milestones=tables[1],
+            groups=groups,
+            milestones=milestones,
             step_counts=self.step_counts,
             tensor_steps=bucket.tensor_steps,
             torch_steps=bucket.torch_steps,
@@ -160,54 +160,46 @@ class TritonBackend:
             first_total=self._n_totals,
             n_totals=0,
             ratios=norms and norms.ratios,
-            rows=self._rows[index],
-            grad_scale=control.on(self.device, control.grad_scale),
-            found_inf=control.on(self.device, control.found_inf),
+            rows=self._projections[index],
+            grad_scale=None,
+            found_inf=None,
             nonfinite=self.nonfinite,
         )
-        self._n_totals += launch.programs(bucket.chunks, bucket.dtype)
-        return work
 
-    def measure(self, control: Control, *, updates: bool, gradients: bool, clips: bool) -> None:
-        """Norms by tensor; see `launch.measure`."""
-        from legw_kernels import launch
-
-        for work in self._works:
-            launch.measure(work, updates=updates, gradients=gradients, clips=clips, skips=clips and control.skips)
-
-    def update(self, groups: Sequence[Group], control: Control, *, clipped: bool, advance: bool) -> None:
-        """The update. clipped: whether what was measured for ratios was. advance: whether this step counts."""
-        from legw_kernels import launch
-
-        for work in self._works:
-            if work.rows is not None:
+    def run(self, what: Pass, groups: Sequence[Group], control: StepControl) -> None:
+        works = [work for work, *_ in self._launches]
+        for work in works:
+            if what.kind == "norms":
+                launch.measure(
+                    work,
+                    updates="updates" in what.of,
+                    gradients="gradients" in what.of,
+                    clips=what.clipped,
+                    skips=what.clipped and control.skips,
+                )
+            elif what.kind == "projection":
                 launch.project(work, clips=control.clips, skips=control.skips)
-            launch.update(
-                work,
-                clips=control.clips,
-                skips=control.skips,
-                clipped=clipped,
-                last=work is self._works[-1],
-                advances=advance,
-            )
-        self._works = []
+            else:
+                launch.update(
+                    work,
+                    clips=control.clips,
+                    skips=control.skips,
+                    clipped=what.clipped,
+                    last=work is works[-1],
+                    advances=control.counts_step,
+                )
 
     def global_norm(self) -> Tensor:
-        """Of this device's gradients, float64, on the device."""
         assert self._totals is not None
         norm: Tensor = torch.linalg.vector_norm(self._totals[self._others : self._n_totals])
         return norm
 
     def take_norms(self, others: Sequence[Tensor]) -> None:
-        """The global norms of the other devices."""
         assert self._totals is not None
         for i, other in enumerate(others):
             self._totals[i].copy_(other, non_blocking=True)
 
     def norms(self, kind: str) -> list[Tensor] | None:
-        """One kind of norm of each tensor, bucket by bucket; None before any were taken."""
-        from legw_kernels import launch, tables
-
         if not self._norms:
             return None
         rows = {"gradient": tables.GRADIENT_NORM.value, "weight": tables.WEIGHT_NORM.value}
@@ -220,19 +212,14 @@ class TritonBackend:
                 found += launch.tensor_norms(segments, *args).unbind()
         return found
 
+    def write_groups(self, groups: Sequence[Group]) -> None:
+        self._group_table.write(groups)
+
     def weights_changed(self) -> None:
-        """Measure the weights' norms anew in the next step, where they are carried over from the last."""
         for norms in self._norms:
             norms.forget_weights()
 
-    @property
-    def captured(self) -> bool:
-        """Whether a graph may still replay one of this object's steps."""
-        return any(table.captured for table, _ in self._address_tables.values())
-
     def _make_norms(self, others: int) -> None:
-        from legw_kernels import launch, tuning
-
         if self._norms:
             return
         if capture.capturing(self.device):
@@ -247,54 +234,11 @@ class TritonBackend:
             size += len(tuning.TRITON_TYPES) * launch.programs(bucket.chunks, bucket.dtype)
         self._totals = torch.zeros(size, dtype=torch.float64, device=self.device)
 
-    def _address_table(self, bucket: int, dtype: torch.dtype) -> tuple[Table, Tensor]:
+    def _address_table(self, bucket: int, dtype: torch.dtype) -> tuple[DeviceTable, Tensor]:
         key = bucket, dtype
         if key not in self._address_tables:
-            device = self.step_counts.device
-            if capture.capturing(device):  # before a ticket is made: its zero would only be recorded
+            if capture.capturing(self.device):  # before a ticket is made: its zero would only be recorded
                 raise RuntimeError(f"{dtype} gradients are new: run optimizer.step() eagerly once before capturing it")
-            table = Table(2 * len(self.buckets[bucket].segments), torch.int64, device)
-            self._address_tables[key] = table, torch.zeros(1, dtype=torch.int32, device=device)
+            table = DeviceTable(2 * len(self.buckets[bucket].segments), torch.int64, self.device)
+            self._address_tables[key] = table, torch.zeros(1, dtype=torch.int32, device=self.device)
         return self._address_tables[key]
-
-    def write_groups(self, groups: Sequence[Group]) -> tuple[Tensor, Tensor]:
-        """The tables of param groups and of milestones, with the groups' values as they are now."""
-        from legw_kernels import launch, tables
-
-        rows, on_device, milestones = list[float](), list[tuple[int, Tensor]](), list[int]()
-        for group in groups:
-            lr, schedule = group["lr"], group["schedule"]
-            tensor = (
-                lr if isinstance(lr, Tensor) and schedule is None and lr.device == self.step_counts.device else None
-            )
-            own = schedule.milestones if schedule is not None else ()
-            place = len(milestones), len(own)
-            milestones += own
-            if schedule is not None:
-                recipe = schedule.recipe
-                if (scale := group.get("lr_scale", 1.0)) != 1:
-                    recipe = recipe._replace(peak_lr=scale * recipe.peak_lr, slope=scale * recipe.slope)
-            elif tensor is not None and tensor.dtype in _LR_KINDS:
-                recipe = ScheduleConstants(_LR_KINDS[tensor.dtype])
-            else:
-                recipe = ScheduleConstants(FIXED, float(lr))
-            used, hyper = self._rule.used_states(group), list[float]()
-            x: Tensor | float
-            for x in self._rule.hyper(group):
-                if isinstance(x, Tensor):
-                    on_device.append((len(rows) + tables.HYPER.value + len(hyper), x))
-                hyper.append(0.0 if isinstance(x, Tensor) else x)
-            states = sum(1 << self._rule.states.index(name) for name in used)
-            clip, vectors = self._rule.clip(group), self._rule.exempts_vectors(group)
-            rows += launch.group_row(recipe, tensor, place, states, clip, vectors, hyper)
-        if self._tables is None:
-            device = self.step_counts.device
-            # Sizes hold as long as this object does: another schedule makes another, a change of the batch keeps them.
-            self._tables = (
-                Table(len(rows), torch.float64, device, shared=True),
-                Table(max(1, len(milestones)), torch.int64, device, shared=True),
-            )
-        table, milestone_table = self._tables[0].write(rows), self._tables[1].write(milestones or [0])
-        for i, x in on_device:
-            table[i].copy_(x.reshape(()))
-        return table, milestone_table

@@ -8,28 +8,16 @@ are updated by the same launch.
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..checks import DTYPES
+from ..torch_private import storage_uses
 
 MASTER = "master_param"
-
-
 STEP = "step"
-
-
-_DTYPE_OF, _DEVICE_OF = operator.attrgetter("dtype"), operator.attrgetter("device")
-
-
-_USUAL_KINDS, _USUAL_DTYPES = {Tensor, type(None)}, set(DTYPES)
-
-
 MOST_CHUNKS = 4096
 
 
@@ -45,7 +33,7 @@ class Segment:
     place: tuple[object, ...] = ()  # where the parameter was when adopted: see `place_of`
     state: dict[str, Tensor] = field(default_factory=dict)  # live views with the parameter's shape and strides
     shown: set[str] = field(default_factory=set)  # names of those that optimizer.state holds
-    asked: bool = False  # whether someone made a step at LR 0 in order to have it
+    requested: bool = False  # whether a step at LR 0 created the state on purpose
 
     @property
     def moved(self) -> bool:
@@ -85,7 +73,7 @@ def may_move(p: Tensor) -> bool:
     storage = p.untyped_storage()
     return (
         storage.nbytes() == p.numel() * p.element_size()
-        and torch._C._storage_Use_Count(storage._cdata) <= 2  # by the parameter, and by `storage` here
+        and storage_uses(storage) <= 2  # by the parameter, and by `storage` here
         and storage.resizable()  # memory that torch did not allocate, such as NumPy's, is not
         and not (p.device.type == "cpu" and storage.is_shared())
     )
@@ -199,25 +187,14 @@ class Bucket:
         """Whether a parameter's memory is no longer where it was."""
         return list(map(Tensor.data_ptr, self.params)) != self.addresses
 
-    def usual(self, gradients: list[Tensor | None]) -> bool:
-        """Whether every gradient there is can be read as it is, in the order of its parameter's elements."""
-        kinds = set(map(type, gradients))
-        if not kinds <= _USUAL_KINDS:
-            return False
-        seen: list[Any] = gradients
-        if type(None) in kinds:
-            seen = [p if g is None else g for p, g in zip(self.params, gradients, strict=True)]
-        try:
-            in_order = (
-                all(map(Tensor.is_contiguous, seen))
-                if self._contiguous
-                else list(map(Tensor.stride, seen)) == self._strides
-            )
-        except RuntimeError:  # sparse tensors have no strides
-            return False
-        return (
-            in_order
-            and list(map(Tensor.numel, seen)) == self._sizes
-            and set(map(_DTYPE_OF, seen)) <= _USUAL_DTYPES
-            and set(map(_DEVICE_OF, seen)) <= {self.device}
+    def in_order(self, tensors: list[Tensor]) -> bool:
+        """Whether each of these, one per segment, has its parameter's elements in its parameter's order.
+
+        RuntimeError for sparse tensors, which have no strides.
+        """
+        ordered = (
+            all(map(Tensor.is_contiguous, tensors))
+            if self._contiguous
+            else list(map(Tensor.stride, tensors)) == self._strides
         )
+        return ordered and list(map(Tensor.numel, tensors)) == self._sizes

@@ -1,35 +1,31 @@
-"""Flat buffers: the parameters of one (device, dtype) and their state, each tensor a segment that starts on a tile.
+"""The gradients of a step: read as they are where that is possible, and told apart from those of the last step.
 
-A segment's parameter lives in the bucket's weight buffer, or stays where it is: with flatten=False, and where something
-else holds its storage too (cuDNN's RNN weights, a user's tensor), which would be left with a stale copy.
-State and masters always live in flat buffers of ours. Kernels reach parameters and gradients by address, so both kinds
-are updated by the same launch.
+Every step has new gradients, which mostly look like the last ones: the same are there, and their types, dtypes,
+devices, shapes and strides are the same. What a step works out from that can be kept for as long as it is so.
 """
 
 from __future__ import annotations
 
 import operator
 from collections.abc import Sequence
-from contextlib import suppress
-from itertools import compress, repeat
-from typing import Any
+from itertools import chain, compress, repeat
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-
-def in_layout_of(p: Tensor, gradient: Tensor) -> Tensor:
-    """The gradient with its parameter's strides: itself, or a copy where it is expanded, transposed, sliced, ..."""
-    if gradient.stride() == p.stride() or (gradient.is_contiguous() and p.is_contiguous()):
-        return gradient
-    return torch.empty_strided(p.shape, p.stride(), dtype=gradient.dtype, device=gradient.device).copy_(gradient)
-
+from ..checks import DTYPES
+from ..spec import Group, OptimizerSpec
+from ..torch_private import TensorGuards
+from .bucket import STEP, Bucket
+from .state import StateViews
 
 _DTYPE_OF, _DEVICE_OF = operator.attrgetter("dtype"), operator.attrgetter("device")
+_PLAIN_KINDS, _PLAIN_DTYPES = {Tensor, type(None)}, set(DTYPES)
 
 
-class _Compared:
-    """Stands in for torch's `TensorGuards`, in Python's time."""
+class PythonGuards:
+    """Stands in for torch's `TensorGuards` where there is none, in Python's time."""
 
     def __init__(self, *tensors: Tensor, **_: Any) -> None:
         self._seen = self._see(tensors)
@@ -45,25 +41,17 @@ class _Compared:
             return False
 
 
-_Guards: Any = _Compared
-
-
-with suppress(ImportError, AttributeError, TypeError):  # one call of C for all of them; torch.compile's, and private
-    from torch._C._dynamo.guards import TensorGuards
-
-    TensorGuards(dynamic_dims_sizes=None, dynamic_dims_strides=None).check()
-    _Guards = TensorGuards
-
-
-class Look:
+class GradientLayout:
     """Which of a list of gradients there are, and the types, dtypes, devices, shapes and strides of those."""
+
+    guards: Any = TensorGuards or PythonGuards
 
     def __init__(self, gradients: Sequence[Tensor | None]) -> None:
         """The gradients themselves are not kept."""
         self._there = self._which(gradients)
         self._all = all(self._there)
         present = compress(gradients, self._there)
-        self._guards = _Guards(*present, dynamic_dims_sizes=None, dynamic_dims_strides=None)
+        self._guards = self.guards(*present, dynamic_dims_sizes=None, dynamic_dims_strides=None)
 
     @staticmethod
     def _which(gradients: Sequence[Tensor | None]) -> list[bool]:
@@ -75,3 +63,98 @@ class Look:
             return bool(self._guards.check(*gradients))
         there = self._which(gradients)
         return there == self._there and bool(self._guards.check(*compress(gradients, there)))
+
+
+def _plain(bucket: Bucket, gradients: list[Tensor | None]) -> bool:
+    """Whether every gradient there is can be read as it is, in the order of its parameter's elements."""
+    kinds = set(map(type, gradients))
+    if not kinds <= _PLAIN_KINDS:
+        return False
+    seen: list[Any] = gradients
+    if type(None) in kinds:
+        seen = [p if g is None else g for p, g in zip(bucket.params, gradients, strict=True)]
+    try:
+        return (
+            bucket.in_order(seen)
+            and set(map(_DTYPE_OF, seen)) <= _PLAIN_DTYPES
+            and set(map(_DEVICE_OF, seen)) <= {bucket.device}
+        )
+    except RuntimeError:  # sparse tensors have no strides
+        return False
+
+
+def in_layout_of(p: Tensor, gradient: Tensor) -> Tensor:
+    """The gradient with its parameter's strides: itself, or a copy where it is expanded, transposed, sliced, ..."""
+    if gradient.stride() == p.stride() or (gradient.is_contiguous() and p.is_contiguous()):
+        return gradient
+    return torch.empty_strided(p.shape, p.stride(), dtype=gradient.dtype, device=gradient.device).copy_(gradient)
+
+
+class GradientSet(NamedTuple):
+    """The gradients that one step uses."""
+
+    by_bucket: list[list[Tensor | None]]  # one entry per segment, in its parameter's layout; None: does not move
+    moving: list[Tensor]  # the parameters with a gradient
+    generation: int  # grows by one whenever the gradients look other than the last ones
+
+
+class GradientReader:
+    """Reads the gradients of the parameters in some buckets, and shows the state that an update of each needs."""
+
+    def __init__(self, spec: OptimizerSpec, groups: list[Group], buckets: Sequence[Bucket], views: StateViews) -> None:
+        self._spec, self._groups, self._buckets, self._views = spec, groups, buckets, views
+        self._used = list[tuple[str, ...]]()  # the state that each group used in the last step
+        self._options: int | None = None  # the generation of options that this is of
+        self._layouts = list[GradientLayout]()  # of the last gradients, by bucket, if all were used as they came
+        self._moving = list[Tensor]()  # the parameters that had those
+        self._generation = 0
+
+    def read(self, frozen: set[int], options: int, *, checked: bool = False) -> GradientSet | None:
+        """The gradients as they are now; None where one cannot be read as it is, unless all were `checked`.
+
+        frozen: groups whose state is made, but which do not move. options: grows by one whenever an option of any group
+        changes.
+        """
+        raw: list[list[Tensor | None]] = [[p.grad for p in bucket.params] for bucket in self._buckets]
+        if not frozen and self.alike(raw):
+            self._show_state(raw, options)
+            return GradientSet(raw, self._moving, self._generation)
+        plain = all(map(_plain, self._buckets, raw))
+        if not (plain or checked):
+            return None
+        self._show_state(raw, options)
+        self._generation += 1
+        as_they_came = plain and not frozen
+        self._layouts = list(map(GradientLayout, raw)) if as_they_came else []
+        found = raw if as_they_came else [*map(self._of_moving, self._buckets, raw, repeat(frozen))]
+        params = chain.from_iterable(bucket.params for bucket in self._buckets)
+        self._moving = [p for p, g in zip(params, chain.from_iterable(found), strict=True) if g is not None]
+        return GradientSet(found, self._moving, self._generation)
+
+    def alike(self, raw: list[list[Tensor | None]]) -> bool:
+        """Whether gradients look like the last step's, all of which were used as they came."""
+        return bool(self._layouts) and all(map(GradientLayout.fits, self._layouts, raw))
+
+    def _show_state(self, raw: list[list[Tensor | None]], options: int) -> None:
+        """Let optimizer.state hold what the tensors that have a gradient need."""
+        if options != self._options:
+            self._options = options
+            step = (STEP,) if self._spec.counts_steps else ()
+            used = [(*self._spec.used_states(group), *step) for group in self._groups]
+            if used != self._used:
+                self._used = used
+                for bucket in self._buckets:
+                    bucket.waiting.update(range(len(bucket.segments)))
+        for bucket, gradients in zip(self._buckets, raw, strict=True):
+            for i in [i for i in bucket.waiting if gradients[i] is not None]:
+                self._views.show(bucket, bucket.segments[i], self._used[bucket.segments[i].group])
+                bucket.waiting.remove(i)
+
+    @staticmethod
+    def _of_moving(bucket: Bucket, raw: list[Tensor | None], frozen: set[int]) -> list[Tensor | None]:
+        gradients = list[Tensor | None]()
+        for segment, g in zip(bucket.segments, raw, strict=True):
+            segment.requested |= g is not None and segment.group in frozen
+            moves = g is not None and segment.group not in frozen
+            gradients.append(in_layout_of(segment.param, g) if moves and g is not None else None)
+        return gradients

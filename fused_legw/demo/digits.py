@@ -1,4 +1,4 @@
-"""Handwritten digits for the demo: scikit-learn's 8x8 ones, or MNIST's IDX files. One image row is one time step."""
+"""Handwritten digits for the demo: scikit-learn's images of 8x8 pixels, or MNIST's IDX files."""
 
 from __future__ import annotations
 
@@ -13,21 +13,18 @@ import torch
 from torch import Tensor
 
 CLASSES = 10
-
-
 SPLIT_SEED = 0
 
-
-# scikit-learn's 1797 digits: 1024 to train on, so that every batch up to x64 divides it, and 400 to test on.
+# Of scikit-learn's 1797 digits. The demo's batches, up to x64, divide 1024.
 TRAIN, TEST = 1024, 400
 
 
 @dataclass(frozen=True)
 class Part:
-    """Images (count, rows, columns), float32 in [0, 1], and their labels (count,), int64."""
+    """Images and their labels. A model reads the rows of an image one after another, as time steps."""
 
-    images: Tensor
-    labels: Tensor
+    images: Tensor  # (count, rows, columns), float32 in [0, 1]
+    labels: Tensor  # (count,), int64
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -41,11 +38,11 @@ class Part:
 
 @dataclass(frozen=True)
 class Digits:
-    """The fixed split: `validation` chooses the recipe, `test` is read by the recorded runs only."""
+    """The split, which is the same in every run."""
 
     train: Part
-    validation: Part
-    test: Part
+    validation: Part  # the recipe is chosen on it
+    test: Part  # only the recorded runs read it
 
     def to(self, device: torch.device) -> Digits:
         return Digits(self.train.to(device), self.validation.to(device), self.test.to(device))
@@ -56,7 +53,7 @@ def _shuffled(part: Part) -> Part:
 
 
 def load_sklearn() -> Digits:
-    """The 1797 digits that come with scikit-learn (UCI optical recognition, its test part)."""
+    """The 1797 digits that come with scikit-learn: the test part of UCI's optical recognition data."""
     from sklearn.datasets import load_digits
 
     bunch = load_digits()
@@ -66,10 +63,11 @@ def load_sklearn() -> Digits:
 
 
 def load_mnist(folder: Path) -> Digits:
-    """MNIST's four IDX files, plain or gzipped; a twelfth of the training file (5,000 of 60,000) validates.
+    """MNIST's four IDX files, plain or gzipped. A twelfth of the training file, 5,000 of 60,000 images, validates.
 
     Raises:
-        FileNotFoundError, ValueError: naming the file that is missing or malformed.
+        FileNotFoundError: with the name of the missing file.
+        ValueError: with the name of the malformed file.
     """
     parts = {name: _read_part(folder, name) for name in ("train", "t10k")}
     shapes = {name: tuple(part.images.shape[1:]) for name, part in parts.items()}
@@ -98,7 +96,10 @@ def _find(folder: Path, name: str) -> Path:
 
 
 def read_idx(file: Path, dimensions: int) -> Tensor:
-    """The uint8 tensor of an IDX file: two zero bytes, type 8, the number of dimensions, big-endian sizes, the data."""
+    """The uint8 tensor of an IDX file.
+
+    The file holds two zero bytes, the type 8, the number of dimensions, their sizes as big-endian integers, the data.
+    """
     try:
         data = gzip.decompress(file.read_bytes()) if file.suffix == ".gz" else file.read_bytes()
     except (EOFError, zlib.error, gzip.BadGzipFile) as error:

@@ -1,4 +1,4 @@
-"""What the demo's runs leave behind: CSV files, a table, and a plot of LR and loss."""
+"""What the demo's runs leave behind: a CSV file, a table, and a plot of LR and loss."""
 
 from __future__ import annotations
 
@@ -16,8 +16,6 @@ RUN_COLUMNS = (
     *("scaling", "batch", "seed", "peak_lr", "warmup_epochs", "warmup_updates", "updates"),
     *("test_accuracy", "final_loss", "seconds"),
 )
-
-
 SUMMARY_COLUMNS = (
     *("scaling", "batch", "peak LR", "warm-up epochs", "updates"),
     *("accuracy, %", "vs baseline, points", "lowest to highest", "seconds"),
@@ -25,38 +23,38 @@ SUMMARY_COLUMNS = (
 
 
 @dataclass(frozen=True)
-class Run:
-    """A training run and what came of it: accuracy in percent, the mean training loss of every epoch."""
+class TrainingRun:
+    """A training run and what came of it."""
 
     scaling: str
     schedule: LEGW
     seed: int
-    accuracy: float
-    losses: list[float]
-    seconds: float
+    accuracy: float  # percent of the test images
+    losses: list[float]  # the mean training loss of every epoch
+    seconds: float  # of training alone
 
 
-def grouped(runs: Iterable[Run]) -> dict[tuple[str, int], list[Run]]:
-    """The runs of each (scaling, batch), in the order they were run."""
-    groups = dict[tuple[str, int], list[Run]]()
+def grouped(runs: Iterable[TrainingRun]) -> dict[tuple[str, int], list[TrainingRun]]:
+    """The runs of each (scaling, batch), in the order in which they were made."""
+    groups = dict[tuple[str, int], list[TrainingRun]]()
     for run in runs:
         groups.setdefault((run.scaling, run.schedule.batch_size), []).append(run)
     return groups
 
 
-def write_csv(file: Path, header: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
+def write_runs(file: Path, runs: Iterable[TrainingRun]) -> None:
     with file.open("w", newline="") as opened:
-        csv.writer(opened, lineterminator="\n").writerows([header, *rows])
+        csv.writer(opened, lineterminator="\n").writerows([RUN_COLUMNS, *map(run_row, runs)])
 
 
-def run_row(run: Run) -> tuple[str, ...]:
+def run_row(run: TrainingRun) -> tuple[str, ...]:
     s = run.schedule
     what = run.scaling, f"{s.batch_size}", f"{run.seed}", f"{s.peak_lr:.6g}", f"{s.warmup_epochs:g}"
     updates = f"{s.warmup_steps:g}", f"{s.total_steps:g}"
     return (*what, *updates, f"{run.accuracy:.2f}", f"{run.losses[-1]:.6g}", f"{run.seconds:.2f}")
 
 
-def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+def markdown_table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     """An aligned Markdown table."""
     columns = list(zip(header, *rows, strict=True))
     widths = [max(map(len, column)) for column in columns]
@@ -65,12 +63,12 @@ def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     return "\n".join([header, rule, *lines])
 
 
-def summary(groups: Mapping[tuple[str, int], Sequence[Run]], baseline: Sequence[Run]) -> str:
-    return table(SUMMARY_COLUMNS, [_summary_row(runs, baseline) for runs in groups.values()])
+def summary(groups: Mapping[tuple[str, int], Sequence[TrainingRun]], baseline: Sequence[TrainingRun]) -> str:
+    return markdown_table(SUMMARY_COLUMNS, [_summary_row(runs, baseline) for runs in groups.values()])
 
 
-def _summary_row(runs: Sequence[Run], baseline: Sequence[Run]) -> tuple[str, ...]:
-    """One line for all seeds (mean ± standard deviation); differences pair each run with its seed's baseline."""
+def _summary_row(runs: Sequence[TrainingRun], baseline: Sequence[TrainingRun]) -> tuple[str, ...]:
+    """One line for all seeds: mean ± standard deviation. Each run is compared with the baseline's run of its seed."""
     s = runs[0].schedule
     what = runs[0].scaling, f"{s.batch_size} (×{s.scale:g})", f"{s.peak_lr:.4g}", f"{s.warmup_epochs:g}"
     accuracies = [run.accuracy for run in runs]
@@ -84,9 +82,12 @@ def _summary_row(runs: Sequence[Run], baseline: Sequence[Run]) -> tuple[str, ...
 
 
 def plot(
-    file: Path, groups: Mapping[tuple[str, int], Sequence[Run]], baseline: Sequence[Run], titles: Mapping[str, str]
+    file: Path,
+    groups: Mapping[tuple[str, int], Sequence[TrainingRun]],
+    baseline: Sequence[TrainingRun],
+    titles: Mapping[str, str],
 ) -> None:
-    """A column per scaling (titles: its heading): LR above, training loss below, a line per batch."""
+    """A column per scaling, with its title as the heading. LR above, training loss below, a line per batch."""
     from matplotlib import colormaps
     from matplotlib.figure import Figure
 
@@ -94,7 +95,7 @@ def plot(
     axes = figure.subplots(2, len(titles), sharex=True, sharey="row", squeeze=False)
     batches = sorted({batch for (_, batch), runs in groups.items() if runs is not baseline})
     for (top, bottom), (scaling, title) in zip(axes.T, titles.items(), strict=True):
-        shown: list[tuple[str, Any, Sequence[Run]]] = [
+        shown: list[tuple[str, Any, Sequence[TrainingRun]]] = [
             (f"batch {baseline[0].schedule.batch_size}, the baseline", "black", baseline)
         ]
         for i, batch in enumerate(batches):
@@ -116,8 +117,8 @@ def plot(
     figure.savefig(file, dpi=150)
 
 
-def _draw_losses(ax: Any, runs: Sequence[Run], color: Any) -> None:
-    """Mean over the seeds, in a band from the lowest to the highest; a cross where one stops being finite."""
+def _draw_losses(ax: Any, runs: Sequence[TrainingRun], color: Any) -> None:
+    """The mean of the seeds, in a band from the lowest to the highest. A cross marks the last finite epoch."""
     epochs = list(zip(*(run.losses for run in runs), strict=True))
     finite = [(epoch, losses) for epoch, losses in enumerate(epochs, 1) if all(map(math.isfinite, losses))]
     x, means = [epoch for epoch, _ in finite], [fmean(losses) for _, losses in finite]

@@ -3,25 +3,28 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from legw_kernels.formulas import AdamHyper
 
-from ..backends.aten_math import Tensors, scaled
+from ..backends.aten_math import AtenBatch, scaled
 from ..checks import check_flag, check_pair, check_scalar
 from ..schedules.base import Schedule
-from ..spec import Group, Rule, hyper_floats, hyper_log, hyper_value
-from .base import FusedOptimizer
+from ..spec import Group, OptimizerSpec, hyper_log, hyper_value
+from ..torch_private import fused_adam_, fused_adamw_
+from .base import CommonOptions, FusedOptimizer
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 
-class AdamRule(Rule):
-    """Adam's states and counts, and what its options mean."""
+class MomentsSpec(OptimizerSpec):
+    """Two moments and a count of updates per tensor: what Adam, AdamP and LAMB have in common."""
 
-    name = "adam"
-    states: tuple[str, ...] = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq")
+    states: tuple[str, ...] = ("exp_avg", "exp_avg_sq")
     counts_steps = True
 
     def check(self, group: Group) -> None:
@@ -29,8 +32,6 @@ class AdamRule(Rule):
         check_scalar("eps", group["eps"], "epsilon value")
         for i, beta in enumerate(check_pair("betas", group["betas"])):
             check_scalar(f"betas[{i}]", beta, f"beta parameter at index {i}", below=1.0)
-        check_flag("amsgrad", group["amsgrad"])
-        check_flag("decoupled_weight_decay", group["decoupled_weight_decay"])
 
     def check_made(self, group: Group) -> None:
         super().check_made(group)
@@ -46,9 +47,10 @@ class AdamRule(Rule):
         group["betas"] = tuple(group["betas"])
 
     def used_states(self, group: Group) -> tuple[str, ...]:
-        return self.states if group.get("amsgrad") else self.states[:2]
+        return self.states
 
-    def hyper(self, group: Group) -> Any:
+    def hyper(self, group: Group) -> AdamHyper:
+        """With decoupled weight decay."""
         return AdamHyper(
             weight_decay=hyper_value(group["weight_decay"]),
             beta1=hyper_value(group["betas"][0]),
@@ -56,14 +58,34 @@ class AdamRule(Rule):
             log_beta1=hyper_log(group["betas"][0]),
             log_beta2=hyper_log(group["betas"][1]),
             eps=hyper_value(group["eps"]),
-            amsgrad=float(group.get("amsgrad", False)),
-            decoupled=float(group["decoupled_weight_decay"]),
+            decoupled=1.0,
             sign=-1.0 if group["maximize"] else 1.0,
         )
 
-    def aten(self, tensors: Tensors, lr: float, count: int, scale: float, group: Group) -> None:
-        h = hyper_floats(self.hyper(group))
-        fused_adam(tensors.params, scaled(tensors.grads, scale), tensors.states, h, lr, count + 1.0, h.weight_decay)
+
+class AdamSpec(MomentsSpec):
+    """Adam's and AdamW's options: amsgrad, and where weight decay enters."""
+
+    name = "adam"
+    states = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq")
+
+    def check(self, group: Group) -> None:
+        super().check(group)
+        check_flag("amsgrad", group["amsgrad"])
+        check_flag("decoupled_weight_decay", group["decoupled_weight_decay"])
+
+    def used_states(self, group: Group) -> tuple[str, ...]:
+        return self.states if group["amsgrad"] else self.states[:2]
+
+    def hyper(self, group: Group) -> AdamHyper:
+        own = dict(amsgrad=float(group["amsgrad"]), decoupled=float(group["decoupled_weight_decay"]))
+        return super().hyper(group)._replace(**own)
+
+
+def adam_step(batch: AtenBatch, h: AdamHyper, lr: float) -> None:
+    """Adam's and AdamW's `OptimizerSpec.aten`."""
+    grads = scaled(batch.grads, batch.scale)
+    fused_adam(batch.params, grads, batch.states, h, lr, batch.count + 1.0, h.weight_decay)
 
 
 def fused_adam(
@@ -71,7 +93,7 @@ def fused_adam(
     h: AdamHyper, lr: float, n: float, decay: float,
 ) -> None:  # fmt: skip
     """ATen's n-th update; without bias correction if n is infinite. decay: instead of h's."""
-    step = torch._fused_adamw_ if h.decoupled else torch._fused_adam_
+    step = fused_adamw_ if h.decoupled else fused_adam_
     step(
         params,
         grads,
@@ -101,7 +123,13 @@ class Adam(FusedOptimizer):
         lr: a number, a 1-element tensor (driven by torch's LR schedulers as usual), or a schedule: `LEGW` or
             `AutoWU`.
         betas, eps, weight_decay, amsgrad, maximize, decoupled_weight_decay: as in torch.optim.Adam.
-        max_grad_norm, skip_nonfinite, backend, flatten, master_weights, tile: as in every `FusedOptimizer`.
+        max_grad_norm: clip the gradients' global L2 norm at this, over all groups, dtypes and devices; None: do not.
+            As torch.nn.utils.clip_grad_norm_, but without writing gradients. Each group may set its own.
+        skip_nonfinite: True: a step with a gradient that is not finite changes and counts nothing.
+        backend: "triton", "aten", or None for Triton on GPUs and ATen elsewhere.
+        flatten: True: parameters live in one flat buffer per device and dtype. False: they stay where they are.
+        master_weights: True: keep float32 masters of float16 and bfloat16 parameters. State is float32 either way.
+        tile: elements that a Triton program updates at a time, a power of two, 16 or more. State is padded to it.
         foreach, fused, capturable: accepted and ignored, but not both of the first. differentiable: must be False.
 
     Raises:
@@ -117,7 +145,7 @@ class Adam(FusedOptimizer):
     ([0.75, 0.75, 0.75], tensor(1.))
     """
 
-    _rule = AdamRule()
+    _spec = AdamSpec(adam_step)
 
     def __init__(
         self,
@@ -135,7 +163,7 @@ class Adam(FusedOptimizer):
         fused: bool | None = None,
         decoupled_weight_decay: bool = False,
         max_grad_norm: float | None = None,
-        **common: Any,
+        **common: Unpack[CommonOptions],
     ) -> None:
         defaults = dict(
             lr=lr,
@@ -157,7 +185,33 @@ class Adam(FusedOptimizer):
 class AdamW(Adam):
     """Drop-in for `torch.optim.AdamW`: `Adam` with w *= 1 - lr * weight_decay before the update, and not in g.
 
-    Arguments as in `Adam`, with torch.optim.AdamW's default weight_decay (Loshchilov and Hutter 2019).
+    The default weight_decay is torch.optim.AdamW's (Loshchilov and Hutter 2019).
+
+    Args:
+        params: parameters, named parameters, or param groups, each of which may set any of the options below.
+        lr: a number, a 1-element tensor (driven by torch's LR schedulers as usual), or a schedule: `LEGW` or
+            `AutoWU`.
+        betas, eps, weight_decay, amsgrad, maximize: as in torch.optim.AdamW.
+        decoupled_weight_decay: False for `Adam`'s weight decay.
+        max_grad_norm: clip the gradients' global L2 norm at this, over all groups, dtypes and devices; None: do not.
+            As torch.nn.utils.clip_grad_norm_, but without writing gradients. Each group may set its own.
+        skip_nonfinite: True: a step with a gradient that is not finite changes and counts nothing.
+        backend: "triton", "aten", or None for Triton on GPUs and ATen elsewhere.
+        flatten: True: parameters live in one flat buffer per device and dtype. False: they stay where they are.
+        master_weights: True: keep float32 masters of float16 and bfloat16 parameters. State is float32 either way.
+        tile: elements that a Triton program updates at a time, a power of two, 16 or more. State is padded to it.
+        foreach, fused, capturable: accepted and ignored, but not both of the first. differentiable: must be False.
+
+    Raises:
+        ValueError, TypeError: naming the argument or parameter and its value, before anything has changed.
+
+    >>> import torch
+    >>> from fused_legw import AdamW
+    >>> w = torch.ones(3, requires_grad=True)
+    >>> w.grad = torch.zeros(3)
+    >>> AdamW([w], lr=0.5, weight_decay=0.1).step()
+    >>> [round(x, 4) for x in w.tolist()]
+    [0.95, 0.95, 0.95]
     """
 
     def __init__(
@@ -168,6 +222,29 @@ class AdamW(Adam):
         eps: float = 1e-8,
         weight_decay: float = 1e-2,
         amsgrad: bool = False,
-        **options: Any,
+        *,
+        maximize: bool = False,
+        foreach: bool | None = None,
+        capturable: bool = False,
+        differentiable: bool = False,
+        fused: bool | None = None,
+        decoupled_weight_decay: bool = True,
+        max_grad_norm: float | None = None,
+        **common: Unpack[CommonOptions],
     ) -> None:
-        super().__init__(params, lr, betas, eps, weight_decay, amsgrad, **{"decoupled_weight_decay": True, **options})
+        super().__init__(
+            params,
+            lr,
+            betas,
+            eps,
+            weight_decay,
+            amsgrad,
+            foreach=foreach,
+            maximize=maximize,
+            capturable=capturable,
+            differentiable=differentiable,
+            fused=fused,
+            decoupled_weight_decay=decoupled_weight_decay,
+            max_grad_norm=max_grad_norm,
+            **common,
+        )

@@ -4,73 +4,65 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from legw_kernels.formulas import AdamHyper, one_minus_power
 
-from ..backends.aten_math import Tensors, scaled
+from ..backends.aten_math import AtenBatch, scaled
 from ..checks import check_flag, check_number
 from ..schedules.base import Schedule
-from ..spec import Group, hyper_floats, hyper_value
-from .adam import AdamRule
-from .base import FusedOptimizer
+from ..spec import Group, hyper_value
+from ..torch_private import foreach_add_, foreach_addcmul_, foreach_div_, foreach_mul, foreach_mul_, foreach_sqrt
+from .adam import MomentsSpec
+from .base import CommonOptions, FusedOptimizer
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 
-class AdamPRule(AdamRule):
-    """Adam's, with a projection of the update."""
+class AdamPSpec(MomentsSpec):
+    """Adam's moments, with a projection of the update."""
 
     name = "adamp"
-    states = ("exp_avg", "exp_avg_sq")
     projects = True
 
     def check(self, group: Group) -> None:
-        super().check(self._as_adams(group))
+        super().check(group)
         check_flag("nesterov", group["nesterov"])
         check_number("delta", group["delta"])
         check_number("wd_ratio", group["wd_ratio"])
 
-    @staticmethod
-    def _as_adams(group: Group) -> Group:
-        """The group with what AdamP has no option for. Either may stand in a dict of Adam's, and means nothing here."""
-        return {**group, "amsgrad": False, "decoupled_weight_decay": True}
-
-    def used_states(self, group: Group) -> tuple[str, ...]:
-        return self.states
-
-    def measures_clipped(self, group: Group) -> bool:
+    def needs_clipped(self, group: Group) -> bool:
         return True  # the update that is projected is of clipped gradients
 
-    def hyper(self, group: Group) -> Any:
-        own = dict(
-            nesterov=float(group["nesterov"]),
-            delta=hyper_value(group["delta"]),
-            wd_ratio=hyper_value(group["wd_ratio"]),
-        )
-        return super().hyper(self._as_adams(group))._replace(**own)
+    def hyper(self, group: Group) -> AdamHyper:
+        delta, wd_ratio = hyper_value(group["delta"]), hyper_value(group["wd_ratio"])
+        return super().hyper(group)._replace(nesterov=float(group["nesterov"]), delta=delta, wd_ratio=wd_ratio)
 
-    def aten(self, tensors: Tensors, lr: float, count: int, scale: float, group: Group) -> None:
-        h = hyper_floats(self.hyper(group))
-        correction1, correction2 = (one_minus_power(x, count + 1.0) for x in (h.log_beta1, h.log_beta2))
-        grads, (m, v) = scaled(tensors.grads, scale * h.sign), tensors.states
-        torch._foreach_mul_(m, h.beta1)
-        torch._foreach_add_(m, grads, alpha=1 - h.beta1)
-        torch._foreach_mul_(v, h.beta2)
-        torch._foreach_addcmul_(v, grads, grads, value=1 - h.beta2)
-        below = torch._foreach_sqrt(v)
-        torch._foreach_div_(below, math.sqrt(correction2))
-        torch._foreach_add_(below, h.eps)
-        updates = torch._foreach_mul(m, h.beta1 if h.nesterov else 1.0)
-        if h.nesterov:
-            torch._foreach_add_(updates, grads, alpha=1 - h.beta1)
-        torch._foreach_div_(updates, below)
-        for p, g, u in zip(tensors.params, grads, updates, strict=True):
-            decay = h.weight_decay * _project(p, g, u, h)
-            if decay:
-                p.mul_(1 - lr * decay)
-            p.add_(u, alpha=-lr / correction1)
+
+def adamp_step(batch: AtenBatch, h: AdamHyper, lr: float) -> None:
+    """AdamP's `OptimizerSpec.aten`."""
+    correction1, correction2 = (one_minus_power(x, batch.count + 1.0) for x in (h.log_beta1, h.log_beta2))
+    grads, (m, v) = scaled(batch.grads, batch.scale * h.sign), batch.states
+    foreach_mul_(m, h.beta1)
+    foreach_add_(m, grads, alpha=1 - h.beta1)
+    foreach_mul_(v, h.beta2)
+    foreach_addcmul_(v, grads, grads, value=1 - h.beta2)
+    below = foreach_sqrt(v)
+    foreach_div_(below, math.sqrt(correction2))
+    foreach_add_(below, h.eps)
+    updates = foreach_mul(m, h.beta1 if h.nesterov else 1.0)
+    if h.nesterov:
+        foreach_add_(updates, grads, alpha=1 - h.beta1)
+    foreach_div_(updates, below)
+    for p, g, u in zip(batch.params, grads, updates, strict=True):
+        decay = h.weight_decay * _project(p, g, u, h)
+        if decay:
+            p.mul_(1 - lr * decay)
+        p.add_(u, alpha=-lr / correction1)
 
 
 def _project(p: Tensor, g: Tensor, u: Tensor, h: AdamHyper) -> float:
@@ -107,7 +99,13 @@ class AdamP(FusedOptimizer):
         delta: what the cosine is compared with; 0 for no projection.
         wd_ratio: what weight decay of a projected tensor is multiplied by.
         nesterov: u of beta1 * m' + (1 - beta1) * g / (1 - beta1^n) instead of m'.
-        max_grad_norm, skip_nonfinite, backend, flatten, master_weights, tile: as in every `FusedOptimizer`.
+        max_grad_norm: clip the gradients' global L2 norm at this, over all groups, dtypes and devices; None: do not.
+            As torch.nn.utils.clip_grad_norm_, but without writing gradients. Each group may set its own.
+        skip_nonfinite: True: a step with a gradient that is not finite changes and counts nothing.
+        backend: "triton", "aten", or None for Triton on GPUs and ATen elsewhere.
+        flatten: True: parameters live in one flat buffer per device and dtype. False: they stay where they are.
+        master_weights: True: keep float32 masters of float16 and bfloat16 parameters. State is float32 either way.
+        tile: elements that a Triton program updates at a time, a power of two, 16 or more. State is padded to it.
 
     Raises:
         ValueError, TypeError: naming the argument or parameter and its value, before anything has changed.
@@ -121,7 +119,7 @@ class AdamP(FusedOptimizer):
     [2.888, 4.084]
     """
 
-    _rule = AdamPRule()
+    _spec = AdamPSpec(adamp_step)
 
     def __init__(
         self,
@@ -136,7 +134,7 @@ class AdamP(FusedOptimizer):
         *,
         maximize: bool = False,
         max_grad_norm: float | None = None,
-        **common: Any,
+        **common: Unpack[CommonOptions],
     ) -> None:
         defaults = dict(
             lr=lr,

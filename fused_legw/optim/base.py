@@ -4,44 +4,60 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import Any, TypedDict
 
 import torch
 from torch import Tensor
 
-from .. import checks
-from ..backends.base import Control
-from ..backends.layout import Layout, named_params
+from .. import capture, checks
+from ..backends.base import StepControl
+from ..backends.engine import Engine
+from ..buffers.gradients import GradientSet
+from ..buffers.layout import Layout, named_params
 from ..checks import count
 from ..schedules.base import Schedule
-from ..spec import Group, Rule, group_lr
+from ..spec import Group, OptimizerSpec, group_lr
+from ..torch_private import has_scheduler
 from . import checkpoint
-from .options import Written, check_params, check_place, check_written_lr
+from .options import CheckedOptions, ShownLR, brief, check_params, check_place, check_written_lr
+from .reports import StepReports
 
 
-class FusedOptimizer(torch.optim.Optimizer):
-    """Base of the fused optimizers. A subclass gives its `Rule`.
+class CommonOptions(TypedDict, total=False):
+    """The keyword arguments that every fused optimizer takes."""
 
-    Arguments that all of them take:
-        max_grad_norm: clip the gradients' global L2 norm, over all groups, dtypes and devices, at this; by default off.
-            As torch.nn.utils.clip_grad_norm_, but without writing gradients. Each group may set its own threshold.
-        skip_nonfinite: a step with a gradient that is not finite changes and counts nothing.
+    skip_nonfinite: bool
+    backend: str | None
+    flatten: bool
+    master_weights: bool
+    tile: int
+
+
+class FusedOptimizer(StepReports, torch.optim.Optimizer):
+    """Base of the fused optimizers: what every one of them does beside its own update.
+
+    A group that follows a schedule holds it in `param_groups[i]["schedule"]`, where it can be replaced. The group's
+    "lr" and "steps_applied" show the LR of the last step and the updates that the host knows of, which on a GPU include
+    skipped ones. An "lr_scale" in the group, a finite number, zero or more, multiplies the schedule's LR.
+
+    Do not assign "lr" in a group that follows a schedule: the next step raises. One exception, for
+    torch.distributed.checkpoint: it sets "lr" to 0 and steps to create optimizer state. Such a step allocates state and
+    changes no weight. If every scheduled group is at 0, the step is not counted.
+
+    torch.amp.GradScaler hands its scale and its inf check to `step` through the attributes grad_scale and found_inf.
+
+    Args:
+        params: parameters, named parameters, or param groups.
+        defaults: the options of a group that sets none.
+        skip_nonfinite: True: a step with a gradient that is not finite changes and counts nothing.
         backend: "triton", "aten", or None for Triton on GPUs and ATen elsewhere.
-        flatten: let parameters live in one flat buffer per (device, dtype) (True), or where they are.
-        master_weights: keep float32 masters of float16 and bfloat16 parameters; state is float32 either way.
-        tile: elements a Triton program updates at a time, a power of two; state is padded to it, per tensor.
-
-    In a group that follows a schedule, `param_groups[i]["schedule"]` holds it and can be replaced; ["lr"] and
-    ["steps_applied"] show the LR of the last step and the updates that the host knows of, which on a GPU include
-    skipped ones; an "lr_scale" in the group, a finite number, zero or more, multiplies the schedule's LR. Writing to
-    that "lr" is an error at the next step, but for 0: then state is made for the group's tensors, which do not move,
-    and if all scheduled groups are so written the step does not count (torch.distributed.checkpoint does that, and
-    writes back).
-
-    torch.amp.GradScaler hands its scale and inf check to `step` through the attributes grad_scale and found_inf.
+        flatten: True: parameters live in one flat buffer per device and dtype. False: they stay where they are.
+        master_weights: True: keep float32 masters of float16 and bfloat16 parameters. State is float32 either way.
+        carry_norms: see `LARS`.
+        tile: elements that a Triton program updates at a time, a power of two, 16 or more. State is padded to it.
     """
 
-    _rule: Rule
+    _spec: OptimizerSpec
     _step_supports_amp_scaling = True
     _finds_nonfinite = False  # set by our GradScaler for one step
 
@@ -62,17 +78,19 @@ class FusedOptimizer(torch.optim.Optimizer):
         options = dict(flatten=flatten, master_weights=master_weights, carry_norms=carry_norms)
         for name, flag in {**options, "skip_nonfinite": skip_nonfinite}.items():
             checks.check_flag(name, flag)
-        if carry_norms and not self._rule.carries:
+        if carry_norms and not self._spec.carries:
             raise TypeError(f"carry_norms=True: {type(self).__name__} has no norms to carry over, LARS does")
         defaults = {**defaults, "schedule": None}
         self._check_made(dict(defaults))
         self._options: dict[str, Any] = {"backend": backend, **options, "tile": tile}
         self.skip_nonfinite = skip_nonfinite
         self._layout: Layout | None = None
-        self._shown_lr: dict[int, float] = {}  # by id of the group: what we wrote to its "lr"
+        self._engine: Engine | None = None
+        self._shown = ShownLR()
         self._host_steps = 0  # what the host knows of steps_applied without asking a device
         self._steps_given = False
-        self._written = Written(self._rule, defaults)
+        self._checked = CheckedOptions(self._spec, defaults)
+        self._clips = -1, False  # whether any group clips, and the generation of options that this is of
         super().__init__(params, defaults)
         self.register_state_dict_post_hook(checkpoint.pack)  # type: ignore[arg-type]
         self._adopt()
@@ -89,10 +107,10 @@ class FusedOptimizer(torch.optim.Optimizer):
         try:
             with checks.naming(f"param_groups[{len(self.param_groups) - 1}]"):
                 self._check_made(group)
-            self._rule.complete(group)
+            self._spec.complete(group)
             if self._layout is not None:
                 check_place([group], self.steps_applied)
-                check_params(self._rule, self.param_groups, self.state, self._options["backend"])
+                check_params(self._spec, self.param_groups, self.state, self._options["backend"])
         except BaseException:
             self.param_groups.pop()
             raise
@@ -103,24 +121,23 @@ class FusedOptimizer(torch.optim.Optimizer):
         """Refuse the options of a group that is being made; a schedule given as its LR goes where it belongs."""
         if isinstance(group["lr"], Schedule):
             group["schedule"], group["lr"] = group["lr"], 0.0
-        self._rule.check(group)
-        self._rule.check_made(group)
+        self._spec.check(group)
+        self._spec.check_made(group)
 
     @property
     def steps_applied(self) -> int:
         """Updates applied so far, the schedule's t for the next one. Reads the device; can be set."""
-        return (
-            int(self._layout.devices[0].step_counts[0]) if self._layout and self._layout.devices else self._host_steps
-        )
+        devices = self._engine.devices if self._engine else []
+        return int(devices[0].step_counts[0]) if devices else self._host_steps
 
     @steps_applied.setter
     def steps_applied(self, value: int) -> None:
         value = count("steps_applied", value, zero=True)
         check_place(self.param_groups, value)
-        for device in self._layout.devices if self._layout else ():
+        for device in self._engine.devices if self._engine else ():
             device.step_counts[0] = value
         self._host_steps, self._steps_given = value, True
-        self._show_lr()
+        self._shown.show(self.param_groups, value)
 
     def set_batch_size(self, batch_size: int, *, steps_per_epoch: float | None = None) -> None:
         """Go on at another batch size, in every group that follows a schedule: see `LEGW.change_batch_size`.
@@ -149,7 +166,7 @@ class FusedOptimizer(torch.optim.Optimizer):
         scheduled = [group for group in self.param_groups if group["schedule"] is not None]
         if not scheduled:
             raise ValueError(f"batch_size={batch_size}: no param group follows a schedule that could move to it")
-        if self._layout is not None and self._layout.capturing:
+        if self._engine is not None and self._engine.capturing:
             raise RuntimeError(f"set_batch_size({batch_size}) was called in a graph capture: call it outside")
         # By identity: groups that share a schedule go on sharing one.
         schedules: dict[int, Schedule] = {id(group["schedule"]): group["schedule"] for group in scheduled}
@@ -176,38 +193,28 @@ class FusedOptimizer(torch.optim.Optimizer):
         t = max(self.steps_applied - 1, 0)
         return [group_lr(group, t) for group in self.param_groups]
 
-    def _show_lr(self) -> None:
-        """Let param_groups show what the host knows: the updates applied, and the LR of the last one."""
-        for group in self.param_groups:
-            group["steps_applied"] = self._host_steps
-            shown = self._shown_lr.pop(id(group), group["lr"])
-            if group["schedule"] is not None:
-                if group["lr"] == shown:  # what someone wrote there stays, for the next step to judge
-                    group["lr"] = shown = group_lr(group, max(self._host_steps - 1, 0))
-                self._shown_lr[id(group)] = shown
-
     def _check_groups(self) -> set[int]:
         """Refuse hyper-parameters that cannot be used; return the LEGW groups whose shown LR was overwritten by 0.
 
         torch.distributed.checkpoint writes 0 to bring an optimizer's state into being: state is made for such groups,
         nothing moves or advances.
         """
-        frozen = set()
+        self._checked.check(self.param_groups)
+        scheduler, frozen = has_scheduler(self.step), set[int]()
         for i, group in enumerate(self.param_groups):
-            lr, schedule, shown = group["lr"], group["schedule"], self._shown_lr.get(id(group))
-            self._written.check(i, group)
+            lr = group["lr"]
             if not (type(lr) is float and math.isfinite(lr)):  # at every step, so without a call where it is one
                 check_written_lr(f"param_groups[{i}]", lr)
-            if schedule is not None and hasattr(self.step, "_wrapped_by_lr_sched"):
+            if scheduler and group["schedule"] is not None:
                 raise RuntimeError(
-                    f"param_groups[{i}] follows {schedule}, but a torch LR scheduler was made for this optimizer: "
-                    "use one or the other"
+                    f"use a schedule or a torch LR scheduler, not both: param_groups[{i}] follows "
+                    f"{brief(group['schedule'])}, and a torch LR scheduler was made for this optimizer"
                 )
-            if schedule is not None and shown is not None and lr != shown:
+            if self._shown.overwritten(group):
                 if lr != 0:
                     raise RuntimeError(
-                        f"param_groups[{i}]['lr'] was set to {lr!r}, but the group follows {schedule}: "
-                        f"to change its LR set param_groups[{i}]['schedule']"
+                        f"to change the LR set param_groups[{i}]['schedule']: param_groups[{i}]['lr'] was set to "
+                        f"{lr!r}, but the group follows {brief(group['schedule'])}"
                     )
                 frozen.add(i)
         return frozen
@@ -218,13 +225,17 @@ class FusedOptimizer(torch.optim.Optimizer):
     @torch.no_grad()
     def _adopt(self, steps_applied: int | None = None) -> None:
         """(Re)build the flat buffers from the parameters and `self.state` as they are now."""
-        check_params(self._rule, self.param_groups, self.state, self._options["backend"])
+        options = dict(self._options)
+        backends = check_params(self._spec, self.param_groups, self.state, options.pop("backend"))
         steps = self.steps_applied if steps_applied is None else steps_applied
         check_place(self.param_groups, steps)
+        carry_norms = options.pop("carry_norms")
+        on_host = [device for device, name in backends.items() if name == "aten"]
         self._layout = Layout(
-            self._rule, self.param_groups, self.state, **self._options, steps_applied=steps, previous=self._layout
+            self._spec, self.param_groups, self.state, on_host=on_host, **options, previous=self._layout
         )
-        self._show_lr()
+        self._engine = Engine(self._spec, self._layout, backends, steps, carry_norms=carry_norms, previous=self._engine)
+        self._shown.show(self.param_groups, self._host_steps)
 
     @torch.no_grad()
     def unflatten(self) -> None:
@@ -236,7 +247,7 @@ class FusedOptimizer(torch.optim.Optimizer):
     @property
     def backend(self) -> str:
         """What runs the step: "triton", "aten", or both joined by "+" where devices differ."""
-        devices = self._layout.devices if self._layout else []
+        devices = self._engine.devices if self._engine else []
         return "+".join(sorted({device.name for device in devices}))
 
     # The step
@@ -255,99 +266,54 @@ class FusedOptimizer(torch.optim.Optimizer):
             with torch.enable_grad():
                 loss = closure()
         frozen = self._check_groups()
-        layout = self._current_layout()
-        raw = layout.raw_gradients()
-        alike = not frozen and layout.alike(raw)
-        usual = alike or all(bucket.usual(gradients) for bucket, gradients in zip(layout.buckets, raw, strict=True))
-        if not usual:
+        found = self._read_gradients(frozen)
+        if found.moving:
+            self._update(found, frozen)
+        return loss
+
+    def _read_gradients(self, frozen: set[int]) -> GradientSet:
+        """The gradients that this step uses; errors for those that cannot be used."""
+        found = self._current_layout().gradients.read(frozen, self._checked.generation)
+        if found is None:
             for name, p, _ in named_params(self.param_groups):
                 checks.check_gradient(name, p)
-            layout = self._current_layout(thorough=True)
-            raw = layout.raw_gradients()
-        gradients = layout.gradients(raw, frozen, usual=usual, alike=alike)
-        if layout.moving:
-            self._update(layout, gradients, frozen)
-        return loss
+            gradients = self._current_layout(thorough=True).gradients
+            found = gradients.read(frozen, self._checked.generation, checked=True)
+            assert found is not None
+        return found
 
     def _current_layout(self, *, thorough: bool = False) -> Layout:
         """The flat buffers, rebuilt if anything is not what or where it was."""
         assert self._layout is not None
         if self._layout.stale(self.param_groups, self.state, thorough=thorough):
-            self._layout.refuse_under_capture("a parameter, its state or a schedule was replaced")
+            capture.refuse(self._layout.devices, "a parameter, its state or a schedule was replaced")
             self._adopt()
         return self._layout
 
-    def _update(self, layout: Layout, gradients: list[list[Tensor | None]], frozen: set[int]) -> None:
+    def _update(self, found: GradientSet, frozen: set[int]) -> None:
+        assert self._engine is not None
         scheduled = {i for i, group in enumerate(self.param_groups) if group["schedule"] is not None}
-        advance = not scheduled or not scheduled <= frozen
-        layout.see_versions()
-        layout.step(self.param_groups, gradients, self._control(), advance=advance)
-        layout.note_versions()
-        if advance and not layout.capturing:
-            self._host_steps = self.steps_applied if layout.counts_on_host else self._host_steps + 1
-            self._show_lr()
-
-    def _control(self) -> Control:
-        return Control(
-            clips=self._rule.clips(self.param_groups),
+        if self._clips[0] != self._checked.generation:
+            self._clips = self._checked.generation, self._spec.clips(self.param_groups)
+        control = StepControl(
+            clips=self._clips[1],
             skips=self.skip_nonfinite or self._finds_nonfinite,
+            counts_step=not scheduled or not scheduled <= frozen,
             grad_scale=getattr(self, "grad_scale", None),
             found_inf=None if self._finds_nonfinite else getattr(self, "found_inf", None),
         )
+        recorded = self._engine.step(self.param_groups, found, control, self._checked.generation)
+        if control.counts_step and not recorded:
+            self._host_steps = self.steps_applied if self._engine.counts_on_host else self._host_steps + 1
+            self._shown.show(self.param_groups, self._host_steps)
 
     def _find_nonfinite(self) -> dict[torch.device, Tensor]:
         """Make the next step skip itself if a gradient is not finite; the tensors that will say so, by device."""
-        devices = self._current_layout().devices
+        self._current_layout()
+        assert self._engine is not None
+        devices = self._engine.devices
         self._finds_nonfinite = True
         return {device.device: device.nonfinite.zero_() for device in devices}
-
-    # What the last step found
-
-    def _norms(self, kind: str, what: str) -> dict[Tensor, Tensor]:
-        assert self._layout is not None
-        found = self._layout.norms(kind)
-        if found is None:
-            raise RuntimeError(f"{what} are not known: {type(self).__name__} has made no step that takes them")
-        return found
-
-    def grad_norms(self) -> dict[Tensor, Tensor]:
-        """Each parameter's gradient norm at the last step, before clipping, without AMP's scale; 0 where it had none.
-
-        float64 tensors on the device, as it is now: ask again after the next step or replay. LARS and LAMB always take
-        these norms, SGD, Adam and AdamW with max_grad_norm, skip_nonfinite or `GradScaler`. RuntimeError where no step
-        has taken them.
-        """
-        return self._norms("gradient", "gradient norms")
-
-    def param_norms(self) -> dict[Tensor, Tensor]:
-        """Each parameter's norm before the last applied step, of LARS and LAMB; otherwise as `grad_norms`.
-
-        With carry_norms=True also of those without a gradient, as far as known.
-        """
-        if not self._rule.adapts:
-            raise RuntimeError(f"{type(self).__name__} takes no norms of its parameters: LARS and LAMB do")
-        return self._norms("weight", "parameter norms")
-
-    def trust_ratios(self) -> dict[Tensor, Tensor]:
-        """Each parameter's last trust ratio, of LARS and LAMB; otherwise as `grad_norms`."""
-        if not self._rule.adapts:
-            raise RuntimeError(f"{type(self).__name__} has no trust ratios: LARS and LAMB do")
-        return self._norms("ratio", "trust ratios")
-
-    @property
-    def grad_norm(self) -> Tensor:
-        """The gradients' global norm at the last step: 0-dim, float64, on the first parameter's device."""
-        norms = list(self.grad_norms().values())
-        here = [norm.to(norms[0].device, non_blocking=True) for norm in norms]
-        total: Tensor = torch.linalg.vector_norm(torch.stack(here))
-        return total
-
-    @property
-    def steps_skipped(self) -> Tensor:
-        """How many steps changed nothing because of gradients that were not finite: 0-dim, int64, on the device."""
-        if self._layout is None or not self._layout.devices:
-            return torch.zeros((), dtype=torch.int64)
-        return self._layout.devices[0].step_counts[1]
 
     @torch.no_grad()
     def upload_param_groups(self) -> None:
@@ -356,20 +322,16 @@ class FusedOptimizer(torch.optim.Optimizer):
         Replays read them from a table on the device that eager steps write; this writes it without a step. What a
         graph cannot follow is refused: another schedule, other parameters, a state that did not exist.
         """
-        assert self._layout is not None
+        assert self._layout is not None and self._engine is not None
         self._check_groups()
         if self._layout.stale(self.param_groups, self.state):
             raise RuntimeError("a parameter, its state or a schedule was replaced: make a step, then capture it again")
-        self._layout.check_replays(self.param_groups)
-        self._layout.see_versions()
-        self._layout.note_versions()
-        for device in self._layout.devices:
-            device.write_groups(self.param_groups)
+        self._engine.write_groups(self.param_groups)
 
     def weights_changed(self) -> None:
         """Tell LARS with carry_norms=True that weights were changed in a way that it cannot see; see there."""
-        for device in self._layout.devices if self._layout else ():
-            device.weights_changed()
+        if self._engine is not None:
+            self._engine.weights_changed()
 
     # Checkpoints and copies
 
@@ -377,7 +339,7 @@ class FusedOptimizer(torch.optim.Optimizer):
     def state_dict(self) -> dict[str, Any]:
         """As in torch.optim, with each group's schedule and `steps_applied`. Reads the device."""
         self._host_steps = self.steps_applied
-        self._show_lr()
+        self._shown.show(self.param_groups, self._host_steps)
         return super().state_dict()
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
@@ -399,31 +361,22 @@ class FusedOptimizer(torch.optim.Optimizer):
             hook.remove()
 
     def __getstate__(self) -> dict[str, Any]:
-        fresh = self._layout.fresh() if self._layout else set()
-        state = {p: checkpoint.own_storages(values) for p, values in self.state.items() if p not in fresh}
-        return {
-            **super().__getstate__(),
-            "state": state,
-            "_options": self._options,
-            "skip_nonfinite": self.skip_nonfinite,
-            "_steps_applied": self.steps_applied,
-        }
+        return checkpoint.pickled(self, super().__getstate__())
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Called by load_state_dict with state and param_groups, by copying and unpickling with everything."""
         state = dict(state)
         copied = "_options" in state
-        given = [group.get("steps_applied") for group in state["param_groups"]]
-        steps_applied = state.pop("_steps_applied", given[0] if given else None)
+        steps_applied = checkpoint.steps_applied_of(state)
         followed = [] if copied else [group["schedule"] for group in self.param_groups]
         super().__setstate__({**state, "state": checkpoint.unbox(state["state"])})
         for group, schedule in zip(self.param_groups, followed, strict=False):
             if schedule is not None and group["schedule"] is not None:
                 group["schedule"] = schedule.become(group["schedule"])
         if copied:
-            self._layout, self._host_steps, self._steps_given = None, 0, False
-            self._written = Written(self._rule, self.defaults)
+            self._layout, self._engine, self._host_steps, self._steps_given = None, None, 0, False
+            self._checked, self._clips = CheckedOptions(self._spec, self.defaults), (-1, False)
             self.register_state_dict_post_hook(checkpoint.pack)  # type: ignore[arg-type]
-        self._shown_lr = {}
+        self._shown = ShownLR()
         self._host_steps = self.steps_applied if steps_applied is None else steps_applied
         self._adopt(self._host_steps)

@@ -43,7 +43,7 @@ def pack(optimizer: Any, state_dict: StateDict) -> StateDict:
         {**group, "schedule": group["schedule"] and group["schedule"].to_dict()} for group in state_dict["param_groups"]
     ]
     # State of a tensor that no step has updated yet, because its first was skipped on the device, is none.
-    fresh = optimizer._layout.fresh(asked=False) if optimizer._layout else set()
+    fresh = optimizer._layout.views.fresh(include_requested=False) if optimizer._layout else set()
     params = [p for group in optimizer.param_groups for p in group["params"]]
     state = {
         key: own_storages(values)
@@ -67,12 +67,12 @@ def unpack(optimizer: Any, state_dict: StateDict) -> StateDict:
             elif not isinstance(group["schedule"], Schedule):
                 values = group["schedule"]
                 group["schedule"] = made.get(repr(values)) or made.setdefault(repr(values), _schedule(values))
-            optimizer._rule.check(group)
+            optimizer._spec.check(group)
         check_written_lr(label, group["lr"])
-        optimizer._rule.complete(group)
+        optimizer._spec.complete(group)
     _check_steps(optimizer, groups)
     as_loaded = [{**live, "lr": group["lr"]} for group, live in zip(groups, optimizer.param_groups, strict=False)]
-    check_params(optimizer._rule, as_loaded, {}, optimizer._options["backend"])
+    check_params(optimizer._spec, as_loaded, {}, optimizer._options["backend"])
     shapes = {
         i: p.shape
         for group, live in zip(groups, optimizer.param_groups, strict=False)
@@ -82,8 +82,8 @@ def unpack(optimizer: Any, state_dict: StateDict) -> StateDict:
     for key, values in state_dict["state"].items():
         state[key] = {name: _Kept(value) if isinstance(value, Tensor) else value for name, value in values.items()}
         if key in shapes:
-            check_state(f"state[{key}]", values, (*optimizer._rule.states, MASTER), shapes[key])
-            if optimizer._rule.counts_steps and STEP in values:
+            check_state(f"state[{key}]", values, (*optimizer._spec.states, MASTER), shapes[key])
+            if optimizer._spec.counts_steps and STEP in values:
                 check_step(f"state[{key}]", values[STEP])
     return {**state_dict, "state": state, "param_groups": groups}
 
@@ -120,3 +120,22 @@ def unbox(state: dict[Any, Any]) -> defaultdict[Any, dict[str, Any]]:
             for key, values in state.items()
         },
     )
+
+
+def pickled(optimizer: Any, state: dict[str, Any]) -> dict[str, Any]:
+    """What copying and pickling keep of an optimizer. state: what torch's does."""
+    fresh = optimizer._layout.views.fresh() if optimizer._layout else set()
+    return {
+        **state,
+        "state": {p: own_storages(values) for p, values in optimizer.state.items() if p not in fresh},
+        "_options": optimizer._options,
+        "skip_nonfinite": optimizer.skip_nonfinite,
+        "_steps_applied": optimizer.steps_applied,
+    }
+
+
+def steps_applied_of(state: dict[str, Any]) -> int | None:
+    """The place in the schedule that copied, unpickled or loaded state comes with, taken out of it."""
+    given = [group.get("steps_applied") for group in state["param_groups"]]
+    place: int | None = state.pop("_steps_applied", given[0] if given else None)
+    return place

@@ -7,18 +7,14 @@ from fnmatch import fnmatchcase
 from typing import Any, NamedTuple
 
 from torch import nn
-from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.parameter import UninitializedParameter
 
 from ..checks import number
+from ..torch_private import NormBase
 
-# _NormBase is that of every BatchNorm and InstanceNorm, lazy and synchronised ones included.
-NORMALISATIONS = (_NormBase, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm)
-
-
+# NormBase is that of every BatchNorm and InstanceNorm, lazy and synchronised ones included.
+NORMALISATIONS = (NormBase, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm)
 EMBEDDINGS = (nn.Embedding, nn.EmbeddingBag)
-
-
 DECAYED, PLAIN, LEFT_OUT = "decayed", "plain", "left out"
 
 

@@ -1,10 +1,10 @@
-"""LAMB (You et al. 2019) in the variants people mean, fused with its LEGW schedule."""
+"""LAMB (You et al. 2019) in the published variants, fused with its LEGW schedule."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -13,30 +13,30 @@ from legw_kernels import formulas
 from legw_kernels.formulas import AdamHyper
 
 from .. import variants
-from ..backends.aten_math import Flat, Tensors
+from ..backends.aten_math import AtenBatch, Joined
 from ..checks import check_flag
 from ..schedules.base import Schedule
-from ..spec import Group, hyper_floats
-from .adam import AdamRule, fused_adam
-from .base import FusedOptimizer
+from ..spec import Group
+from ..torch_private import foreach_add_
+from .adam import MomentsSpec, fused_adam
+from .base import CommonOptions, FusedOptimizer
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 
-class LAMBRule(AdamRule):
-    """Adam's, with a trust ratio."""
+class LAMBSpec(MomentsSpec):
+    """Adam's moments, with a trust ratio. A group's axes are its own where set, else its variant's."""
 
     name = "lamb"
-    states = ("exp_avg", "exp_avg_sq")
     adapts = two_stage = True
 
     def check(self, group: Group) -> None:
         variants.check(variants.LAMB, group, ("nothing", "no_decay"))
         check_flag("adapt", group["adapt"])
-        super().check(self._as_adams(group))
-
-    @staticmethod
-    def _as_adams(group: Group) -> Group:
-        """The group with its axes filled in. "amsgrad" means nothing here, and may stand in a dict of Adam's."""
-        return {**group, **variants.axes(variants.LAMB, group), "amsgrad": False}
+        filled = group | variants.axes(variants.LAMB, group)
+        super().check(filled)
+        check_flag("decoupled_weight_decay", filled["decoupled_weight_decay"])
 
     def complete(self, group: Group) -> None:
         super().complete(group)
@@ -51,39 +51,45 @@ class LAMBRule(AdamRule):
         adapts = bool(group["adapt"]) and not (no_decay and axes["weight_decay"] == 0)
         weight_low, weight_high = axes["weight_norm_clamp"] or (0.0, math.inf)
         ratio_low, ratio_high = axes["trust_clamp"] or (0.0, math.inf)
-        adam: AdamHyper = super().hyper(self._as_adams(group))
-        return adam._replace(
-            bias_correction=2.0 if kind == "step_size" else float(kind),
-            adapt=adapts * (2.0 if axes["weight_norm_clamp"] or axes["trust_clamp"] else 1.0),
-            weight_low=float(weight_low),
-            weight_high=min(float(weight_high), formulas.LARGEST_RATIO),
-            ratio_low=float(ratio_low),
-            ratio_high=min(float(ratio_high), formulas.LARGEST_RATIO),
+        return (
+            super()
+            .hyper(group | axes)
+            ._replace(
+                decoupled=float(axes["decoupled_weight_decay"]),
+                bias_correction=2.0 if kind == "step_size" else float(kind),
+                adapt=adapts * (2.0 if axes["weight_norm_clamp"] or axes["trust_clamp"] else 1.0),
+                weight_low=float(weight_low),
+                weight_high=min(float(weight_high), formulas.LARGEST_RATIO),
+                ratio_low=float(ratio_low),
+                ratio_high=min(float(ratio_high), formulas.LARGEST_RATIO),
+            )
         )
 
     def clip(self, group: Group) -> tuple[float, bool]:
-        limit, _ = super().clip(self._as_adams(group))
+        limit, _ = super().clip(group | variants.axes(variants.LAMB, group))
         return limit, group["variant"] in variants.DIVIDING
 
-    def aten(self, tensors: Tensors, lr: float, count: int, scale: float, group: Group) -> None:
-        h = hyper_floats(self.hyper(group))
-        correction1, correction2 = (formulas.one_minus_power(x, count + 1.0) for x in (h.log_beta1, h.log_beta2))
-        *_, step = formulas.bias_factors(lr, correction1, correction2, h.bias_correction)
-        updates = _updates(tensors, h, count + 1.0 if h.bias_correction == 1 else math.inf, scale)
-        for p, u, w_norm, u_norm in zip(tensors.params, updates.views, tensors.w_norms, updates.norms(), strict=True):
-            ratio = formulas.lamb_ratio(w_norm, u_norm, h)
-            p.add_(u, alpha=step * ratio)
-            tensors.ratios.append(ratio)
+
+def lamb_step(batch: AtenBatch, h: AdamHyper, lr: float) -> None:
+    """LAMB's `OptimizerSpec.aten`."""
+    n = batch.count + 1.0
+    correction1, correction2 = (formulas.one_minus_power(x, n) for x in (h.log_beta1, h.log_beta2))
+    *_, step = formulas.bias_factors(lr, correction1, correction2, h.bias_correction)
+    updates = _updates(batch, h, n if h.bias_correction == 1 else math.inf)
+    for p, u, w_norm, u_norm in zip(batch.params, updates.views, batch.w_norms, updates.norms(), strict=True):
+        ratio = formulas.lamb_ratio(w_norm, u_norm, h)
+        p.add_(u, alpha=step * ratio)
+        batch.ratios.append(ratio)
 
 
-def _updates(tensors: Tensors, h: AdamHyper, n: float, scale: float) -> Flat:
+def _updates(batch: AtenBatch, h: AdamHyper, n: float) -> Joined:
     """Advance the moments; what is then added to the weights, but for LR and ratio."""
-    params, joined, grads, updates = tensors.params, tensors.joined, tensors.gathered, tensors.scratch
+    params, joined, grads, updates = batch.params, batch.joined, batch.gathered, batch.scratch
     assert grads is not None and updates is not None
-    if scale != 1:
-        grads.whole.mul_(scale)
+    if batch.scale != 1:
+        grads.whole.mul_(batch.scale)
     if h.weight_decay and not h.decoupled:
-        torch._foreach_add_(grads.views, params, alpha=h.sign * h.weight_decay)
+        foreach_add_(grads.views, params, alpha=h.sign * h.weight_decay)
     if not (h.weight_decay and h.decoupled):
         updates.whole.zero_()
     elif joined is not None:
@@ -92,7 +98,7 @@ def _updates(tensors: Tensors, h: AdamHyper, n: float, scale: float) -> Flat:
         for p, u in zip(params, updates.views, strict=True):
             torch.mul(p, -h.weight_decay, out=u)
     # Adam at LR 1, of what is to be added instead of what it is added to.
-    fused_adam(updates.parts(tensors.whole), grads.parts(tensors.whole), tensors.states, h, 1.0, n, 0.0)
+    fused_adam(updates.parts(batch.whole), grads.parts(batch.whole), batch.states, h, 1.0, n, 0.0)
     return updates
 
 
@@ -118,7 +124,13 @@ class LAMB(FusedOptimizer):
         weight_norm_clamp, trust_clamp: (low, high) for |w| and for the ratio.
         not_adapted: "nothing"; "no_decay": groups without weight decay get ratio 1.
         adapt: False for ratio 1 in a group; its weight decay stays.
-        max_grad_norm, skip_nonfinite, backend, flatten, master_weights, tile: as in every `FusedOptimizer`.
+        max_grad_norm: clip the gradients' global L2 norm at this, over all groups, dtypes and devices; None: do not.
+            Where the variant says so by LAMB's formula, else as torch.nn.utils.clip_grad_norm_. See variant.
+        skip_nonfinite: True: a step with a gradient that is not finite changes and counts nothing.
+        backend: "triton", "aten", or None for Triton on GPUs and ATen elsewhere.
+        flatten: True: parameters live in one flat buffer per device and dtype. False: they stay where they are.
+        master_weights: True: keep float32 masters of float16 and bfloat16 parameters. State is float32 either way.
+        tile: elements that a Triton program updates at a time, a power of two, 16 or more. State is padded to it.
 
     Raises:
         ValueError, TypeError: naming the argument or parameter and its value, before anything has changed.
@@ -133,7 +145,7 @@ class LAMB(FusedOptimizer):
     2
     """
 
-    _rule = LAMBRule()
+    _spec = LAMBSpec(lamb_step)
 
     def __init__(
         self,
@@ -152,7 +164,7 @@ class LAMB(FusedOptimizer):
         adapt: bool = True,
         maximize: bool = False,
         max_grad_norm: float | None = None,
-        **common: Any,
+        **common: Unpack[CommonOptions],
     ) -> None:
         defaults = dict(
             lr=lr,

@@ -1,9 +1,9 @@
-"""LARS (You, Gitman, Ginsburg 2017) in the variants people mean, fused with its LEGW schedule."""
+"""LARS (You, Gitman, Ginsburg 2017) in the published variants, fused with its LEGW schedule."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -12,12 +12,16 @@ from legw_kernels import formulas
 from legw_kernels.formulas import MomentumHyper
 
 from .. import variants
-from ..backends.aten_math import Tensors, norms, scaled
+from ..backends.aten_math import AtenBatch, norms, scaled
 from ..checks import check_flag, check_number, unread
 from ..schedules.base import Schedule
-from ..spec import Group, hyper_floats
-from .base import FusedOptimizer
-from .sgd import SGDRule, fused_sgd
+from ..spec import Group
+from ..torch_private import foreach_add
+from .base import CommonOptions, FusedOptimizer
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+from .sgd import SGDSpec, fused_sgd
 
 _FORMS = {
     "scaled": formulas.SCALED,
@@ -26,15 +30,11 @@ _FORMS = {
     "unscaled": formulas.UNSCALED,
     "popular": formulas.POPULAR,
 }
-
-
 _GRAIN = 32768  # elements: ATen's own limit for starting threads
-
-
 _ZERO_NORMS = {"one": formulas.ONE, "denominator": formulas.BY_DENOMINATOR, "plain": formulas.PLAIN}
 
 
-class LARSRule(SGDRule):
+class LARSSpec(SGDSpec):
     """SGD's, with a trust ratio."""
 
     name = "lars"
@@ -70,31 +70,32 @@ class LARSRule(SGDRule):
     def exempts_vectors(self, group: Group) -> bool:
         return bool(variants.axes(variants.LARS, group)["not_adapted"] == "vectors")
 
-    def measures_clipped(self, group: Group) -> bool:
+    def needs_clipped(self, group: Group) -> bool:
         return bool(self.hyper(group).norm_of_sum)
 
-    def aten(self, tensors: Tensors, lr: float, count: int, scale: float, group: Group) -> None:
-        h = hyper_floats(self.hyper(group))
-        exempt, exempts = h._replace(adapt=0.0, weight_decay=0.0), self.exempts_vectors(group)
-        x_norms = _norms_of_sums(tensors, h, count, scale) if h.norm_of_sum else tensors.g_norms
-        momenta = [[m] for m in tensors.states[0]] or [[]] * len(tensors.params)
-        every = zip(tensors.params, tensors.grads, momenta, tensors.w_norms, x_norms, strict=True)
-        for p, g, m, w_norm, x_norm in every:
-            own = exempt if exempts and p.ndim <= 1 else h
-            ratio, decay = formulas.lars_ratio(lr, w_norm, x_norm, own)
-            inner, outer = formulas.lars_factors(lr, ratio, own.form)
-            update = _small_sgd if p.numel() < _GRAIN else fused_sgd
-            update([p], [g], m, own, outer, inner * scale, inner * decay, count)
-            tensors.ratios.append(ratio)
+
+def lars_step(batch: AtenBatch, h: MomentumHyper, lr: float) -> None:
+    """LARS's `OptimizerSpec.aten`."""
+    exempt = h._replace(adapt=0.0, weight_decay=0.0)
+    x_norms = _norms_of_sums(batch, h) if h.norm_of_sum else batch.g_norms
+    momenta = [[m] for m in batch.states[0]] or [[]] * len(batch.params)
+    every = zip(batch.params, batch.grads, momenta, batch.w_norms, x_norms, strict=True)
+    for p, g, m, w_norm, x_norm in every:
+        own = exempt if batch.exempts_vectors and p.ndim <= 1 else h
+        ratio, decay = formulas.lars_ratio(lr, w_norm, x_norm, own)
+        inner, outer = formulas.lars_factors(lr, ratio, own.form)
+        update = _small_sgd if p.numel() < _GRAIN else fused_sgd
+        update([p], [g], m, own, outer, inner * batch.scale, inner * decay, batch.count)
+        batch.ratios.append(ratio)
 
 
-def _norms_of_sums(tensors: Tensors, h: MomentumHyper, count: int, scale: float) -> list[float]:
+def _norms_of_sums(batch: AtenBatch, h: MomentumHyper) -> list[float]:
     """Norms of gradient plus decay; in the popular form, of the updates that they make."""
-    sums = scaled(tensors.grads, scale * h.sign)
+    sums = scaled(batch.grads, batch.scale * h.sign)
     if h.weight_decay:
-        sums = list(torch._foreach_add(sums, tensors.params, alpha=h.weight_decay))
-    if h.form == formulas.POPULAR and tensors.states[0]:
-        sums = [_direction(x, [m], h, count)[0] for x, m in zip(sums, tensors.states[0], strict=True)]
+        sums = list(foreach_add(sums, batch.params, alpha=h.weight_decay))
+    if h.form == formulas.POPULAR and batch.states[0]:
+        sums = [_direction(x, [m], h, batch.count)[0] for x, m in zip(sums, batch.states[0], strict=True)]
     return norms(sums)
 
 
@@ -148,7 +149,13 @@ class LARS(FusedOptimizer):
             a step what bumps version counters, moves a parameter or loads a checkpoint is seen. After `p.data.mul_()`
             or a collective such as `dist.broadcast(p, 0)`, and after any change before a replay of a captured graph,
             call `weights_changed()`. No effect on ATen.
-        max_grad_norm, skip_nonfinite, backend, flatten, master_weights, tile: as in every `FusedOptimizer`.
+        max_grad_norm: clip the gradients' global L2 norm at this, over all groups, dtypes and devices; None: do not.
+            As torch.nn.utils.clip_grad_norm_, but without writing gradients. Each group may set its own.
+        skip_nonfinite: True: a step with a gradient that is not finite changes and counts nothing.
+        backend: "triton", "aten", or None for Triton on GPUs and ATen elsewhere.
+        flatten: True: parameters live in one flat buffer per device and dtype. False: they stay where they are.
+        master_weights: True: keep float32 masters of float16 and bfloat16 parameters. State is float32 either way.
+        tile: elements that a Triton program updates at a time, a power of two, 16 or more. State is padded to it.
 
     Raises:
         ValueError, TypeError: naming the argument or parameter and its value, before anything has changed.
@@ -161,7 +168,7 @@ class LARS(FusedOptimizer):
     >>> optimizer.step()
     """
 
-    _rule = LARSRule()
+    _spec = LARSSpec(lars_step)
 
     def __init__(
         self,
@@ -184,7 +191,7 @@ class LARS(FusedOptimizer):
         maximize: bool = False,
         max_grad_norm: float | None = None,
         carry_norms: bool = False,
-        **common: Any,
+        **common: Unpack[CommonOptions],
     ) -> None:
         defaults = dict(
             lr=lr,

@@ -1,76 +1,121 @@
-"""What may be written to a param group."""
+"""What may be written to a param group, and what a group shows."""
 
 from __future__ import annotations
 
 import math
-import operator
+from collections.abc import Iterable, Sequence
 from typing import Any
 
+import torch
+from torch import Tensor
+
 from .. import checks
-from ..backends.layout import State, named_params
 from ..backends.select import explain_backend
 from ..buffers.bucket import MASTER
+from ..buffers.layout import named_params
+from ..buffers.same import Same
+from ..buffers.state import State
 from ..schedules.autowu import AutoWU
 from ..schedules.base import Schedule
 from ..schedules.legw import LEGW
-from ..spec import Group, Rule
+from ..spec import Group, OptimizerSpec, group_lr
+
+
+def brief(schedule: Schedule) -> str:
+    """A schedule in an error: its repr is longer than what the error has to say."""
+    return f"{type(schedule).__name__}(peak_lr={schedule.peak_lr:g})"
 
 
 def check_written_lr(label: str, lr: Any) -> None:
     """Refuse an LR written to a group, or loaded. Negative ones torch.optim follows: a LambdaLR past its end, say."""
     if isinstance(lr, Schedule):
-        raise TypeError(f"{label}['lr'] is {lr}: set {label}['schedule'] instead")
+        raise TypeError(f"set {label}['schedule'] instead: {label}['lr'] is {brief(lr)}")
     checks.check_scalar(f"{label}['lr']", lr, low=-math.inf)
 
 
-def check_place(groups: list[Group], steps_applied: int) -> None:
-    """Refuse a place in a schedule from before its batch last changed: kernels are not told what it was then."""
+def check_place(groups: Iterable[Group], steps_applied: int) -> None:
+    """Reject a `steps_applied` earlier than the last batch change: the kernels only know the current batch."""
     for group in groups:
         since = group["schedule"].since if group["schedule"] is not None else 0
         if steps_applied < since:
             raise ValueError(
                 f"steps_applied={steps_applied} lies before update {since}, where the batch size of "
-                f"{group['schedule']} changed: set a schedule of one batch size first, its with_batch_size"
+                f"{brief(group['schedule'])} changed: set a schedule of one batch size first, its with_batch_size"
             )
 
 
-class Written:
-    """A rule's check of groups that anyone may have written to, made only where something was.
+def check_params(
+    spec: OptimizerSpec, groups: list[Group], state: State, backend: str | None
+) -> dict[torch.device, str]:
+    """Refuse what cannot be optimized, before anything has changed; returns each device's backend by name."""
+    named = named_params(groups)
+    for name, p, group in named:
+        checks.check_parameter(name, p)
+        if spec.projects:
+            checks.check_rows(name, p)
+        checks.check_lr(groups[group]["lr"], name, p)
+        checks.check_state(f"the state of {name}: ", state.get(p, {}), (*spec.states, MASTER), p.shape)
+    chosen = {device: explain_backend(device, backend)[0] for device in dict.fromkeys(p.device for _, p, _ in named)}
+    checks.check_overlaps([(name, p) for name, p, _ in named])
+    return chosen
 
-    It is left out where the options of a group are the very objects that passed it last. Of types that can change in
-    place none pass for good, but for tensors in a tuple, and AutoWU, which checks itself.
+
+class CheckedOptions:
+    """The check of groups that anyone may have written to.
+
+    Skipped while every option is the same object that passed last time. Mutable values are checked at every step; two
+    exceptions: tensors in a tuple, and AutoWU, which validates itself.
     """
 
     _IMMUTABLE = frozenset({type(None), bool, int, float, str, tuple, LEGW, AutoWU})
 
-    def __init__(self, rule: Rule, defaults: Group) -> None:
-        self._rule = rule
-        self._options = tuple(defaults.keys() - {"lr"})
-        self._passed: dict[int, tuple[object, ...]] = {}
+    def __init__(self, spec: OptimizerSpec, defaults: Group) -> None:
+        self._spec = spec
+        self._names = tuple(defaults.keys() - {"lr"})
+        self._passed: list[Same] = []  # by group, the options that passed last
+        self._lrs: list[object] = []  # by group, the LR or the schedule's constants then; None: tensors, at any rate
+        self._in_place: list[bool] = []  # by group, whether a tensor in a tuple can change without being replaced
+        self.generation = 0  # grows by one whenever the value of an option, of any group, may have changed
 
-    def check(self, i: int, group: Group) -> None:
-        """Refuse the options of group i, but its LR."""
-        options = (group.get("lr_scale", 1.0), *map(group.get, self._options))
-        passed = self._passed.get(i)
-        if passed is not None and all(map(operator.is_, options, passed)):
-            return
-        with checks.naming(f"param_groups[{i}]"):
-            self._rule.check(group)
-        if self._IMMUTABLE.issuperset(map(type, options)):
-            self._passed[i] = options
-        else:
-            self._passed.pop(i, None)
+    def check(self, groups: Sequence[Group]) -> None:
+        """Refuse the options of every group, but its LR."""
+        changed = len(self._passed) != len(groups)
+        if changed:
+            self._passed, self._in_place = [Same() for _ in groups], [False] * len(groups)
+            self._lrs = [None] * len(groups)
+        for i, group in enumerate(groups):
+            options = [group.get("lr_scale", 1.0), *map(group.get, self._names)]
+            if not self._passed[i].holds(options):
+                changed = True
+                self._passed[i].forget()
+                with checks.naming(f"param_groups[{i}]"):
+                    self._spec.check(group)
+                self._in_place[i] = any(type(x) is tuple and any(map(torch.is_tensor, x)) for x in options)
+                if self._IMMUTABLE.issuperset(map(type, options)):
+                    self._passed[i].keep(options)
+            schedule = group["schedule"]
+            lr = group["lr"] if schedule is None else schedule.constants
+            if lr is not self._lrs[i] or isinstance(lr, Tensor) or self._in_place[i]:
+                changed, self._lrs[i] = True, lr
+        self.generation += changed
 
 
-def check_params(rule: Rule, groups: list[Group], state: State, backend: str | None) -> None:
-    """Refuse what cannot be optimized, before anything has changed."""
-    named = named_params(groups)
-    for name, p, group in named:
-        checks.check_parameter(name, p)
-        if rule.projects:
-            checks.check_rows(name, p)
-        checks.check_lr(groups[group]["lr"], name, p)
-        checks.check_state(f"the state of {name}: ", state.get(p, {}), (*rule.states, MASTER), p.shape)
-    for device in {p.device for _, p, _ in named}:
-        explain_backend(device, backend)
-    checks.check_overlaps([(name, p) for name, p, _ in named])
+class ShownLR:
+    """What param_groups show of schedules: the LR of the last update, and the updates that the host knows of."""
+
+    def __init__(self) -> None:
+        self._written: dict[int, float] = {}  # by id of the group: what we wrote to its "lr"
+
+    def show(self, groups: Iterable[Group], steps_applied: int) -> None:
+        for group in groups:
+            group["steps_applied"] = steps_applied
+            shown = self._written.pop(id(group), group["lr"])
+            if group["schedule"] is not None:
+                if group["lr"] == shown:  # what someone wrote there stays, for the next step to judge
+                    group["lr"] = shown = group_lr(group, max(steps_applied - 1, 0))
+                self._written[id(group)] = shown
+
+    def overwritten(self, group: Group) -> bool:
+        """Whether someone wrote another LR to a group that follows a schedule."""
+        shown = self._written.get(id(group))
+        return group["schedule"] is not None and shown is not None and bool(group["lr"] != shown)

@@ -4,21 +4,25 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from legw_kernels.formulas import MomentumHyper
 
-from ..backends.aten_math import Tensors, scaled
+from ..backends.aten_math import AtenBatch, scaled
 from ..checks import check_flag, check_scalar, unread
 from ..schedules.base import Schedule
-from ..spec import Group, Rule, hyper_floats, hyper_value
-from .base import FusedOptimizer
+from ..spec import Group, OptimizerSpec, hyper_value
+from ..torch_private import foreach_zero_, fused_sgd_
+from .base import CommonOptions, FusedOptimizer
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 
-class SGDRule(Rule):
+class SGDSpec(OptimizerSpec):
     """SGD's one state, and what its options mean."""
 
     name = "sgd"
@@ -48,9 +52,10 @@ class SGDRule(Rule):
             sign=-1.0 if group["maximize"] else 1.0,
         )
 
-    def aten(self, tensors: Tensors, lr: float, count: int, scale: float, group: Group) -> None:
-        h = hyper_floats(self.hyper(group))
-        fused_sgd(tensors.params, tensors.grads, tensors.states[0], h, lr, scale, h.weight_decay, count)
+
+def sgd_step(batch: AtenBatch, h: MomentumHyper, lr: float) -> None:
+    """SGD's `OptimizerSpec.aten`."""
+    fused_sgd(batch.params, batch.grads, batch.states[0], h, lr, batch.scale, h.weight_decay, batch.count)
 
 
 def fused_sgd(
@@ -68,11 +73,11 @@ def fused_sgd(
             grads, factor, exponent = scaled(grads, 2.0**exponent), factor / 2.0**exponent, 0
         dampening, decay = 1 - math.ldexp(round(fraction * 2**24), exponent - 24), decay / factor
         if first:
-            torch._foreach_zero_(momenta)
+            foreach_zero_(momenta)
             first = False
     else:
         grads = scaled(grads, factor)
-    torch._fused_sgd_(
+    fused_sgd_(
         params,
         grads,
         momenta,
@@ -98,7 +103,13 @@ class SGD(FusedOptimizer):
         lr: a number, a 1-element tensor (driven by torch's LR schedulers as usual), or a schedule, `LEGW` or `AutoWU`,
             whose LR the step works out itself from the number of updates applied so far.
         momentum, dampening, weight_decay, nesterov, maximize: as in torch.optim.SGD.
-        max_grad_norm, skip_nonfinite, backend, flatten, master_weights, tile: as in every `FusedOptimizer`.
+        max_grad_norm: clip the gradients' global L2 norm at this, over all groups, dtypes and devices; None: do not.
+            As torch.nn.utils.clip_grad_norm_, but without writing gradients. Each group may set its own.
+        skip_nonfinite: True: a step with a gradient that is not finite changes and counts nothing.
+        backend: "triton", "aten", or None for Triton on GPUs and ATen elsewhere.
+        flatten: True: parameters live in one flat buffer per device and dtype. False: they stay where they are.
+        master_weights: True: keep float32 masters of float16 and bfloat16 parameters. State is float32 either way.
+        tile: elements that a Triton program updates at a time, a power of two, 16 or more. State is padded to it.
         foreach, fused: accepted and ignored, but not both. differentiable: must be False.
 
     Raises:
@@ -115,7 +126,7 @@ class SGD(FusedOptimizer):
     (1, True)
     """
 
-    _rule = SGDRule()
+    _spec = SGDSpec(sgd_step)
 
     def __init__(
         self,
@@ -131,7 +142,7 @@ class SGD(FusedOptimizer):
         differentiable: bool = False,
         fused: bool | None = None,
         max_grad_norm: float | None = None,
-        **common: Any,
+        **common: Unpack[CommonOptions],
     ) -> None:
         defaults = dict(
             lr=lr,

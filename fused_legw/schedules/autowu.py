@@ -26,8 +26,6 @@ from .autowu_path import ExponentialPath
 from .base import Schedule
 
 _FIT, _CONDITION, _GRID = 100, 500, 500  # points that a process is fitted to, conditioned on, and predicts
-
-
 _LENGTH_SCALE, _NOISE, _JITTER = 0.2, 1e-3, 1e-4
 
 
@@ -106,9 +104,9 @@ class AutoWU(Schedule):
     # As the optimizers see it
 
     @property
-    def recipe(self) -> formulas.ScheduleConstants:  # type: ignore[override]
+    def constants(self) -> formulas.ScheduleConstants:  # type: ignore[override]
         """The schedule's constants, as the host formula and the kernels take them; others after a switch."""
-        return self._path.recipe
+        return self._path.constants
 
     @property
     def since(self) -> int:

@@ -107,7 +107,7 @@ class ExponentialPath(Schedule):
         return float(latest), self.warmup_lr(float(latest))
 
     @cached_property
-    def recipe(self) -> formulas.ScheduleConstants:  # type: ignore[override]
+    def constants(self) -> formulas.ScheduleConstants:  # type: ignore[override]
         t, lr = self.end_of_warmup
         start = self._clock.epoch(Fraction(t))
         if self.decay == "constant-then-cosine":

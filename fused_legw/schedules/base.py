@@ -11,14 +11,10 @@ from ..checks import count
 
 
 class Schedule:
-    """What the optimizers take as `lr=` besides numbers: an LR for each update, by constants that kernels can read.
+    """What the optimizers take as `lr=` besides numbers: an LR for each update, by constants that kernels can read."""
 
-    recipe: those constants; they hold for every update from `since` on. milestones: the updates that a MultiStep decay
-    counts; as many as there were, whatever happens to the batch.
-    """
-
-    recipe: formulas.ScheduleConstants
-    milestones: tuple[int, ...]
+    constants: formulas.ScheduleConstants  # they hold for every update from `since` on
+    milestones: tuple[int, ...]  # the updates that a MultiStep decay counts; a change of the batch keeps their number
 
     @property
     def since(self) -> int:
@@ -35,7 +31,7 @@ class Schedule:
         t = count("t", t, zero=True)
         then = self.as_of(t)
         passed = bisect_right(then.milestones, t)
-        return float(formulas.learning_rate(float(t), float(passed), then.recipe))
+        return float(formulas.learning_rate(float(t), float(passed), then.constants))
 
     def as_of(self, t: int) -> Schedule:
         """The schedule that update t followed, before later changes of the batch."""

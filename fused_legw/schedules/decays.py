@@ -28,7 +28,7 @@ class Run(NamedTuple):
 class Decay:
     """What the LR does after the warm-up: a multiplier of the peak LR, counted in epochs from the start of training."""
 
-    def recipe(self, run: Run) -> dict[str, float]:
+    def constants(self, run: Run) -> dict[str, float]:
         """The fields of `formulas.ScheduleConstants` that this decay sets, in updates."""
         raise NotImplementedError
 
@@ -40,7 +40,7 @@ class Decay:
 class Constant(Decay):
     """No decay: the peak LR from the end of the warm-up on."""
 
-    def recipe(self, run: Run) -> dict[str, float]:
+    def constants(self, run: Run) -> dict[str, float]:
         return {"kind": formulas.CONSTANT}
 
 
@@ -63,7 +63,7 @@ class MultiStep(Decay):
             fail("milestones", self.milestones, "increasing")
         assign(self, factor=number("factor", self.factor))
 
-    def recipe(self, run: Run) -> dict[str, float]:
+    def constants(self, run: Run) -> dict[str, float]:
         return {"kind": formulas.MULTISTEP, "log_rate": math.log(self.factor)}
 
     def boundaries(self, run: Run) -> tuple[int, ...]:
@@ -93,7 +93,7 @@ class Exponential(Decay):
         if not isinstance(self.staircase, bool):
             fail("staircase", self.staircase, "True or False")
 
-    def recipe(self, run: Run) -> dict[str, float]:
+    def constants(self, run: Run) -> dict[str, float]:
         return {
             "kind": formulas.STAIRCASE if self.staircase else formulas.EXPONENTIAL,
             "start": float(run.clock.update(exact(self.start_epoch))),
@@ -137,7 +137,7 @@ class Polynomial(Decay):
         if self.span not in ("remaining", "whole"):
             fail("span", self.span, "'remaining' or 'whole'")
 
-    def recipe(self, run: Run) -> dict[str, float]:
+    def constants(self, run: Run) -> dict[str, float]:
         start = run.warmup_end if self.span == "remaining" else Fraction(0)
         shared = _ending(run, self, self.end_lr, start)
         return {"kind": formulas.POLYNOMIAL, "power": self.power, **shared}
@@ -155,7 +155,7 @@ class Cosine(Decay):
     def __post_init__(self) -> None:
         assign(self, end_lr=number("end_lr", self.end_lr, zero=True))
 
-    def recipe(self, run: Run) -> dict[str, float]:
+    def constants(self, run: Run) -> dict[str, float]:
         return {"kind": formulas.COSINE, **_ending(run, self, self.end_lr, run.warmup_end)}
 
 

@@ -108,7 +108,7 @@ class LEGW(Schedule):
             assign(self, steps_per_epoch=number("steps_per_epoch", self.steps_per_epoch))
         if not math.isfinite(self.peak_lr):
             fail("base_lr", self.base_lr, f"small enough for a finite peak LR at batch_size={self.batch_size}")
-        _ = self.recipe  # made now, so that a decay's objections come now
+        _ = self.constants  # made now, so that a decay's objections come now
 
     def _exact_steps_per_epoch(self, batch_size: int, steps_per_epoch: float) -> Fraction:
         """`steps_per_epoch` without its rounding to a float."""
@@ -134,11 +134,11 @@ class LEGW(Schedule):
         return Run(self.peak_lr, self.warmup_steps, end, self.epochs, self._clock)
 
     @cached_property
-    def recipe(self) -> formulas.ScheduleConstants:  # type: ignore[override]
+    def constants(self) -> formulas.ScheduleConstants:  # type: ignore[override]
         """The schedule's constants in updates, as the host formula and the kernels take them."""
         peak, steps = self.peak_lr, self.warmup_steps
         warmup = formulas.ScheduleConstants(peak_lr=peak, warmup_steps=steps, slope=peak / steps if steps else 0.0)
-        return warmup._replace(**self.decay.recipe(self._run))
+        return warmup._replace(**self.decay.constants(self._run))
 
     @cached_property
     def milestones(self) -> tuple[int, ...]:  # type: ignore[override]

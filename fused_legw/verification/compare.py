@@ -16,8 +16,6 @@ from ..optim.base import FusedOptimizer
 from ..spec import group_lr
 
 Named = list[tuple[str, nn.Parameter]]
-
-
 _NONE_PROBABILITY = 1 / 8  # of a gradient that is missing this time
 
 

@@ -24,10 +24,7 @@ from ..schedules.legw import LEGW
 from .compare import verify
 
 Result = dict[str, Any]
-
-
 Job = tuple[str, str]  # case and dtype
-
 
 # What is checked, by name: the class, its base LR, and its other arguments.
 CASES: dict[str, tuple[type[FusedOptimizer], float, dict[str, Any]]] = {
@@ -38,13 +35,8 @@ CASES: dict[str, tuple[type[FusedOptimizer], float, dict[str, Any]]] = {
     "AdamP": (AdamP, 2e-3, dict(weight_decay=0.1, delta=0.5)),  # so that a good part of the steps is projected
     "LAMB": (LAMB, 5e-3, dict()),
 }
-
-
 DTYPES = {"float32": torch.float32, "float64": torch.float64, "bfloat16": torch.bfloat16, "float16": torch.float16}
-
-
 SHAPES = [(300, 65), (4097,), (1024,), (), (64, 3, 3, 3), (1,), (1000,), (0,), (17, 19, 23)]
-
 
 # The interpreter takes milliseconds for a tile: a few small ones, full and not, are what the time allows.
 SMALL_SHAPES, SMALL_TILE = [(), (32,), (1,), (5, 9), (2, 3, 5), (31,), (8, 4), (0,)], 32

@@ -109,7 +109,7 @@ def test_a_refused_capture_leaves_nothing_behind(triton_device, monkeypatch):
     params[0].grad = torch.ones_like(params[0], dtype=torch.bfloat16)
     with pytest.raises(RuntimeError, match=r"torch\.bfloat16 gradients are new: .*eagerly"), capturing(monkeypatch):
         sgd.step()
-    assert len(sgd._layout.devices[0]._address_tables) == 1
+    assert len(sgd._engine.devices[0]._address_tables) == 1
     sgd.step()
     assert sgd.steps_applied == 2
 

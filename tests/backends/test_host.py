@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from fused_legw import LAMB, LARS, SGD, Adam, AdamP, AdamW
+from fused_legw.backends.group_table import GroupTable
 from tests.support.cases import legw, make_params, same, twins
 
 EVERY = [(SGD, dict(momentum=0.9)), (LARS, dict()), (Adam, dict()), (AdamW, dict()), (AdamP, dict()), (LAMB, dict())]
@@ -119,3 +120,43 @@ def test_a_step_that_makes_no_call_sees_what_moved(device, backend, cls):
     twin.step()
     same(params, plain)
     assert torch.equal(stale, before) and not torch.equal(params[0], before)
+
+
+@pytest.mark.parametrize("kind", ["a schedule", "a number"])
+def test_group_rows_are_made_only_where_an_option_changed(triton_device, monkeypatch, kind):
+    params = make_params(torch.float32, triton_device, [(3,), (4,)])
+    lr = legw() if kind == "a schedule" else 0.1
+    optimizer = SGD([dict(params=[p], lr=lr) for p in params], momentum=0.9, backend="triton", tile=16)
+    made, rows = [], GroupTable._rows
+    monkeypatch.setattr(GroupTable, "_rows", lambda *args: made.append(1) or rows(*args))
+
+    def step() -> int:
+        made.clear()
+        _give(params)
+        optimizer.step()
+        return len(made)
+
+    assert step() == 1
+    assert [step() for _ in range(4)] == [0] * 4
+    optimizer.param_groups[1]["weight_decay"] = 0.5
+    assert [step() for _ in range(3)] == [1, 0, 0]
+    optimizer.param_groups[0]["schedule" if kind == "a schedule" else "lr"] = legw(base_lr=0.2) if lr != 0.1 else 0.2
+    assert [step() for _ in range(3)] == [1, 0, 0]
+
+
+def test_options_that_can_change_in_place_are_read_at_every_step(triton_device):
+    """A tensor on the CPU, an LR or one in a tuple, is another value without being another object."""
+    params = make_params(torch.float64, triton_device, [(3,)])
+    plain = twins(params)
+    lr, beta = torch.tensor(0.1, dtype=torch.float64), torch.tensor(0.9, dtype=torch.float64)
+    betas = (beta, torch.tensor(0.99, dtype=torch.float64))
+    ours = Adam(params, lr=lr, betas=betas, backend="triton", tile=16)
+    torchs = torch.optim.Adam(plain, lr=lr, betas=betas, foreach=False)
+    for step in range(4):
+        lr.fill_(0.1 / (step + 1))
+        beta.fill_(0.9 - 0.1 * step)
+        _give(params)
+        _give(plain)
+        ours.step()
+        torchs.step()
+    torch.testing.assert_close(params, plain, rtol=1e-12, atol=0)

@@ -131,18 +131,18 @@ def test_counted_traffic(cls, options, plain, everything):
 @pytest.mark.parametrize("kinds", ["triton triton", "aten aten", "triton aten"])
 def test_devices_share_norm_and_decision(triton_device, cls, kinds):
     """Two backends, as for two devices, clip by one norm and skip together; here both stand for the same device."""
-    from fused_legw.backends.layout import BACKENDS
+    from fused_legw.backends.engine import make_backend
 
     results = []
     for split in (False, True):
         params = make_params(torch.float32, triton_device, [(20,), (7,)])
         params += make_params(torch.float64, triton_device, [(9,)])
         optimizer = cls(params, lr=legw(Cosine()), max_grad_norm=0.5, skip_nonfinite=True, tile=16, backend="triton")
-        layout = optimizer._layout
+        engine = optimizer._engine
         if split:
-            layout.devices = [
-                BACKENDS[kind](optimizer._rule, [bucket], optimizer.param_groups, 0)
-                for kind, bucket in zip(kinds.split(), layout.buckets, strict=True)
+            engine.devices = [
+                make_backend(kind, optimizer._spec, [bucket], 0)
+                for kind, bucket in zip(kinds.split(), optimizer._layout.buckets, strict=True)
             ]
         for step in range(4):
             give_gradients(step, params, skip=False)
@@ -150,5 +150,5 @@ def test_devices_share_norm_and_decision(triton_device, cls, kinds):
                 params[2].grad[3] = torch.inf
             optimizer.step()
         results.append([p.detach() for p in params])
-        assert all(device.step_counts.tolist() == [3, 1] for device in layout.devices)
+        assert all(device.step_counts.tolist() == [3, 1] for device in engine.devices)
     torch.testing.assert_close(*results, rtol=2e-6, atol=1e-7)

@@ -42,7 +42,7 @@ def constant_gradients(step: int, params: list[Tensor], *, infinite: bool) -> li
 @pytest.mark.parametrize(("cls", "options"), KINDS, ids=lambda x: getattr(x, "__name__", ""))
 def test_replays_equal_eager_steps(triton_device, monkeypatch, cls, options, dtype, guarded):
     """One schedule, gradients in static buffers; halfway the weight decay changes, uploaded for the replays."""
-    monkeypatch.setattr(device_table.Table, "prepares_captures", True)
+    monkeypatch.setattr(device_table.DeviceTable, "prepares_captures", True)
     guards = dict(max_grad_norm=1.0, skip_nonfinite=True) if guarded else {}
     params = make_params(dtype, triton_device, SHAPES)
     plain = twins(params)

@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from fused_legw import LAMB, LARS, SGD, Adam, AdamP, AdamW
-from fused_legw.backends.layout import Layout
-from fused_legw.buffers import gradients as look
+from fused_legw.buffers.gradients import GradientLayout, GradientReader, PythonGuards
+from fused_legw.torch_private import TensorGuards
 from tests.support.cases import legw, make_params, same, twins
 
 EVERY = [(SGD, dict(momentum=0.9)), (LARS, dict()), (Adam, dict()), (AdamW, dict()), (AdamP, dict()), (LAMB, dict())]
@@ -20,9 +20,9 @@ SHAPES = [(6, 8), (5,), (2, 3, 2, 2)]
 def guards(request, monkeypatch):
     """torch's private class, and what stands in for it."""
     if request.param == "torch":
-        assert look._Guards is not look._Compared
+        assert GradientLayout.guards is TensorGuards is not None
     else:
-        monkeypatch.setattr(look, "_Guards", look._Compared)
+        monkeypatch.setattr(GradientLayout, "guards", PythonGuards)
 
 
 def _like(gradients):
@@ -50,7 +50,7 @@ OTHERS = {
 def test_a_look_fits_what_looks_the_same_and_nothing_else(guards, other, missing):
     with torch.no_grad():
         gradients = [None if i in missing else torch.randn(6, 8) for i in range(3)]
-        seen = look.Look(gradients)
+        seen = GradientLayout(gradients)
         assert seen.fits(gradients) and seen.fits(_like(gradients))
         for at in {0, 1, 2} - set(missing):
             changed = _like(gradients)
@@ -64,7 +64,7 @@ def test_a_look_fits_what_looks_the_same_and_nothing_else(guards, other, missing
 
 def test_a_look_keeps_no_gradient(guards):
     gradient = torch.ones(3)
-    seen, gone = look.Look([gradient]), weakref.ref(gradient)
+    seen, gone = GradientLayout([gradient]), weakref.ref(gradient)
     seen.fits([gradient])
     del gradient
     assert gone() is None
@@ -95,10 +95,11 @@ def test_gradients_of_every_look_in_turn(backend, device, monkeypatch, cls, opti
         cls(tensors, lr=legw(), tile=16, backend=backend, skip_nonfinite=skips, **options)
         for tensors in (params, plain)
     ]
-    alike, asked = Layout.alike, []
+    alike, asked = GradientReader.alike, []
 
     def step(optimizer, keeps):
-        monkeypatch.setattr(Layout, "alike", (lambda *args: keep(alike(*args))) if keeps else (lambda *args: False))
+        answer = (lambda *args: keep(alike(*args))) if keeps else (lambda *args: False)
+        monkeypatch.setattr(GradientReader, "alike", answer)
         optimizer.step()
 
     def keep(answer):
@@ -167,11 +168,11 @@ def test_a_step_that_fails_leaves_nothing_behind(backend, device, monkeypatch):
     for made in (optimizer, twin):
         made.step()
     with monkeypatch.context() as broken:
-        for name in ("begin", "write_groups" if backend == "triton" else "_update_all"):
+        for name in ("begin", "run" if backend == "triton" else "_update_all"):
             for p in params:
                 p.grad = torch.ones_like(p)
             gone = weakref.ref(params[0].grad)
-            broken.setattr(type(optimizer._layout.devices[0]), name, _fails(gone))
+            broken.setattr(type(optimizer._engine.devices[0]), name, _fails(gone))
             with pytest.raises(ZeroDivisionError):
                 optimizer.step()
             broken.undo()

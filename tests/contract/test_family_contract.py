@@ -226,7 +226,7 @@ REFUSED = [
 
 @pytest.mark.parametrize(("cls", "options", "change"), FOLLOWED + REFUSED, ids=lambda x: getattr(x, "__name__", None))
 def test_changed_options_reach_replays_or_are_refused(triton_device, monkeypatch, cls, options, change):
-    monkeypatch.setattr(device_table.Table, "prepares_captures", True)
+    monkeypatch.setattr(device_table.DeviceTable, "prepares_captures", True)
     params = make_params(torch.float64, triton_device, [(20,), (5, 7)])
     plain = twins(params)
     a, b = (cls(x, **dict(lr=0.5, tile=16, backend="triton") | options) for x in (params, plain))

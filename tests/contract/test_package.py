@@ -15,7 +15,7 @@ ROOT = Path(__file__).resolve().parents[2]
 # A file directly in `fused_legw` is a room, each package in it is one, and `legw_kernels` is one. A room imports only
 # rooms of lines above its own. Every import counts, inside functions and under TYPE_CHECKING too.
 ROOMS = (
-    {"legw_kernels", "checks", "capture"},
+    {"legw_kernels", "checks", "capture", "torch_private"},
     {"variants", "schedules"},
     {"spec", "reference"},
     {"buffers"},

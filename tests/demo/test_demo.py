@@ -1,4 +1,4 @@
-"""The demo: its data, its selection rule, and small runs of the whole program."""
+"""The demo: its data, and small runs of the whole program."""
 
 from __future__ import annotations
 
@@ -18,15 +18,14 @@ pytest.importorskip("sklearn")
 pytest.importorskip("matplotlib")
 pytest.importorskip("tqdm")
 
-from fused_legw.demo import digits
-from fused_legw.demo import program as demo
-from fused_legw.demo import results as demo_results
+from fused_legw import LEGW
+from fused_legw.demo import digits, program, results, training
 
 
 def run_demo(*argv: object) -> int:
     parser = argparse.ArgumentParser(prog="demo")
-    demo.add_arguments(parser)
-    return demo.run(parser.parse_args(["--device", "cpu", *map(str, argv)]))
+    program.add_arguments(parser)
+    return program.run(parser.parse_args(["--device", "cpu", *map(str, argv)]))
 
 
 def refusal(capsys: pytest.CaptureFixture[str], *argv: object) -> str:
@@ -35,6 +34,14 @@ def refusal(capsys: pytest.CaptureFixture[str], *argv: object) -> str:
         run_demo(*argv)
     assert stopped.value.code == 2
     return capsys.readouterr().err.splitlines()[-1]
+
+
+def trained(task: training.Task, scaling: str, batch_size: int, seed: int) -> results.TrainingRun:
+    from tqdm import tqdm
+
+    return training.train(
+        task, digits.load_sklearn(), scaling, batch_size, seed, backend="aten", bar=tqdm(disable=True)
+    )
 
 
 def rows(file: Path) -> list[dict[str, str]]:
@@ -71,7 +78,7 @@ def test_writes_table_csv_and_plot(tmp_path: Path, capsys: pytest.CaptureFixture
         for scaling, batch in [("baseline", "16"), ("legw", "256"), ("linear", "256"), ("sqrt", "256")]
         for seed in "01"
     ]
-    peak, warmup = demo.DIGITS.lr, demo.DIGITS.warmup_epochs
+    peak, warmup = training.DIGITS.recipe.base_lr, training.DIGITS.recipe.base_warmup_epochs
     assert [float(run["peak_lr"]) for run in runs[::2]] == pytest.approx(
         [peak, 4 * peak, 16 * peak, 4 * peak], rel=1e-5
     )
@@ -79,15 +86,13 @@ def test_writes_table_csv_and_plot(tmp_path: Path, capsys: pytest.CaptureFixture
     assert [run["updates"] for run in runs[::2]] == ["128", "8", "8", "8"]
     assert (output / "demo.png").read_bytes().startswith(b"\x89PNG")
     printed = capsys.readouterr()
-    assert all(f" {scaling} |" in printed.out for scaling in demo.SCALINGS)
+    assert all(f" {scaling} |" in printed.out for scaling in ["baseline", *training.SCALINGS])
     assert printed.err == ""  # no progress bar where nobody watches
 
 
 def test_seeds_reproduce_and_the_loss_falls() -> None:
-    data = digits.load_sklearn()
-    trainer = demo.Trainer(data, "aten", lambda updates, doing: None)
-    recipe = demo.Recipe(batch_size=16, lr=0.1, warmup_epochs=0.25, epochs=3, hidden=16)
-    first, again, other = (trainer.run(recipe, "legw", 32, seed) for seed in (0, 0, 1))
+    task = training.Task(LEGW(0.1, 16, 0.25, batch_size=16, dataset_size=1024, epochs=3), hidden=16)
+    first, again, other = (trained(task, "legw", 32, seed) for seed in (0, 0, 1))
     assert first.losses == again.losses and first.accuracy == again.accuracy
     assert first.losses != other.losses
     assert first.losses == sorted(first.losses, reverse=True)
@@ -95,14 +100,13 @@ def test_seeds_reproduce_and_the_loss_falls() -> None:
 
 
 def test_a_run_that_diverges_is_recorded_and_drawn(tmp_path: Path) -> None:
-    trainer = demo.Trainer(digits.load_sklearn(), "aten", lambda updates, doing: None)
-    recipe = demo.Recipe(batch_size=512, lr=1e38, warmup_epochs=0, epochs=3, hidden=8)
-    run = trainer.run(recipe, "baseline", 512, 0)
+    task = training.Task(LEGW(1e38, 512, 0, batch_size=512, dataset_size=1024, epochs=3), hidden=8)
+    run = trained(task, "baseline", 512, 0)
     assert not math.isfinite(run.losses[-1]) and run.accuracy == 0
-    assert demo_results.run_row(run)[-2] in ("nan", "inf")
+    assert results.run_row(run)[-2] in ("nan", "inf")
     calm, late = (replace(run, losses=losses) for losses in ([2.0, 1.0, 0.5], [2.0, 3.0, math.nan]))
     groups = {("legw", 512): [run], ("sqrt", 512): [late, calm]}
-    demo_results.plot(tmp_path / "plot.png", groups, [calm], {"legw": "LEGW", "sqrt": "sqrt"})
+    results.plot(tmp_path / "plot.png", groups, [calm], {"legw": "LEGW", "sqrt": "sqrt"})
     assert (tmp_path / "plot.png").is_file()
 
 
@@ -121,47 +125,15 @@ def test_the_progress_bar_counts_every_update(tmp_path: Path, monkeypatch: pytes
     assert [(bar.n, bar.total) for bar in bars] == [(64 + 3 * 2, 64 + 3 * 2)]
 
 
-def test_tune_runs_the_baseline_batch_alone(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.setattr(demo, "LRS", (0.1, 0.2))
-    monkeypatch.setattr(demo, "WARMUPS", (0.5,))
-    monkeypatch.setattr(demo, "SELECTION_SEEDS", (0,))
-    asked = []
-    trained = demo.Trainer.run
-
-    def spy(self: demo.Trainer, recipe: demo.Recipe, *args: object, **kwargs: object) -> demo_results.Run:
-        asked.append((recipe.lr, *args[:2], kwargs))
-        return trained(self, recipe, *args, **kwargs)  # type: ignore[arg-type]
-
-    monkeypatch.setattr(demo.Trainer, "run", spy)
-    run_demo("--tune", "--epochs", 1, "--output", tmp_path)
-    assert asked == [(lr, "baseline", 16, {"validate": True}) for lr in (0.1, 0.2)]
-    assert [row["selected"] for row in rows(tmp_path / "selection.csv")].count("yes") == 1
-    assert [file.name for file in tmp_path.iterdir()] == ["selection.csv"]
-
-
-def test_selection_rule() -> None:
-    scores = {
-        (0.1, 0.25): [90.0, 92.0, 91.0],
-        (0.1, 0.5): [95.0, 95.0, 95.0],
-        (0.2, 0.25): [95.0, 97.0, 96.0],
-        (0.2, 0.5): [95.5, 95.5, 95.5],  # within one standard error, 0.58, of 96
-        (0.2, 1.0): [95.0, 95.0, 95.0],
-    }
-    assert demo.select(scores) == (0.2, 0.5)
-    assert demo.select({(0.4, 0.5): [90.0], (0.2, 0.5): [90.0]}) == (0.2, 0.5)
-
-
 def test_differences_pair_the_seeds() -> None:
-    schedule = demo.DIGITS.schedule(16, 1024, "baseline")
+    schedule = training.DIGITS.schedule("baseline", 16, 1024)
 
-    def runs(scaling: str, *accuracies: float) -> list[demo_results.Run]:
-        return [demo_results.Run(scaling, schedule, seed, a, [1.0], 1.0) for seed, a in enumerate(accuracies)]
+    def runs(scaling: str, *accuracies: float) -> list[results.TrainingRun]:
+        return [results.TrainingRun(scaling, schedule, seed, a, [1.0], 1.0) for seed, a in enumerate(accuracies)]
 
     baseline, legw = runs("baseline", 90, 96), runs("legw", 91, 95)
     groups = {("baseline", 16): baseline, ("legw", 512): legw}
-    lines = demo_results.summary(groups, baseline).splitlines()
+    lines = results.summary(groups, baseline).splitlines()
     assert "93.00 ± 4.24" in lines[2] and "+" not in lines[2]
     assert "93.00 ± 2.83" in lines[3] and "+0.00" in lines[3] and "-1.00 to +1.00" in lines[3]
 

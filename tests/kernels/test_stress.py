@@ -52,7 +52,7 @@ def load():
 
 
 def _check_counts(optimizer, steps: int) -> None:
-    (device,) = optimizer._layout.devices
+    (device,) = optimizer._engine.devices
     assert device.step_counts.tolist() == [steps, 0]
     assert [int(ticket) for _, ticket in device._address_tables.values()] == [0] * len(optimizer._layout.buckets)
     for bucket in optimizer._layout.buckets:
@@ -76,7 +76,7 @@ def _check_weights(optimizer, steps: int) -> None:
 )
 def test_every_program_reads_the_count_of_its_own_step(triton_device, monkeypatch, load, dtypes, how):
     """Gradients are -1, and momentum and dampening of 1 keep them, so each step adds lr(t) to every weight."""
-    monkeypatch.setattr(device_table.Table, "prepares_captures", True)
+    monkeypatch.setattr(device_table.DeviceTable, "prepares_captures", True)
     params = [torch.zeros(s, dtype=d, device=triton_device, requires_grad=True) for d in dtypes for s in UNEVEN]
     for p in params:
         p.grad = -torch.ones_like(p)

@@ -105,7 +105,7 @@ def test_changes_from_outside(triton_device, change):
 
 
 def test_replays_carry_norms_and_can_be_told(triton_device, monkeypatch):
-    monkeypatch.setattr(device_table.Table, "prepares_captures", True)
+    monkeypatch.setattr(device_table.DeviceTable, "prepares_captures", True)
     (carried, a), (plain, b) = _pair(triton_device)
     give_gradients(0, a, b, skip=False)
     carried.step()
@@ -138,7 +138,7 @@ def test_only_lars_on_triton_carries_norms(device):
 
 def test_changed_weights_are_not_captured(triton_device, monkeypatch):
     """A graph that forgets norms would do so at every replay."""
-    monkeypatch.setattr(device_table.Table, "prepares_captures", True)
+    monkeypatch.setattr(device_table.DeviceTable, "prepares_captures", True)
     ((carried, a), _) = _pair(triton_device)
     give_gradients(0, a, skip=False)
     carried.step()
@@ -148,7 +148,7 @@ def test_changed_weights_are_not_captured(triton_device, monkeypatch):
 
 
 def test_uploads_see_changes_before_a_replay(triton_device, monkeypatch):
-    monkeypatch.setattr(device_table.Table, "prepares_captures", True)
+    monkeypatch.setattr(device_table.DeviceTable, "prepares_captures", True)
     (carried, a), (plain, b) = _pair(triton_device)
     give_gradients(0, a, b, skip=False)
     for optimizer in (carried, plain):

@@ -176,17 +176,17 @@ def test_tensors_of_another_device_are_not_read(cls):
             group[name] = ON_A_DEVICE
     if "betas" in group:
         group.update(betas=(ON_A_DEVICE, ON_A_DEVICE), eps=ON_A_DEVICE)
-    cls._rule.check(group)
-    cls._rule.check_made(group)
+    cls._spec.check(group)
+    cls._spec.check_made(group)
     group["weight_decay"] = torch.ones(2, device="meta")
     with pytest.raises(ValueError, match=r"Tensor weight_decay must be 1-element, got shape \(2,\)"):
-        cls._rule.check(group)
+        cls._spec.check(group)
 
 
 def test_groups_that_nobody_wrote_to_are_not_checked_again(monkeypatch):
     checked = []
-    check = type(Adam._rule).check
-    monkeypatch.setattr(type(Adam._rule), "check", lambda rule, group: (checked.append(1), check(rule, group)))
+    check = type(Adam._spec).check
+    monkeypatch.setattr(type(Adam._spec), "check", lambda spec, group: (checked.append(1), check(spec, group)))
     _, optimizer = _made(Adam)
     group = optimizer.param_groups[1]
 

@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from benchmarks import conftest, provenance, results
-from benchmarks.plan import plan
+from benchmarks.cases import every_case
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -112,8 +112,8 @@ def test_tests_run_before_a_run_and_their_failure_is_seen(tmp_path: Path, monkey
 
 def test_after_the_budget_nothing_else_is_begun(tmp_path: Path) -> None:
     config = Config(results=tmp_path, budget=-1.0)
-    run = conftest.Run(config, "abc", time.monotonic())
-    case = next(case for case in plan(torch.device("cpu")) if case.contender)
+    run = conftest.BenchmarkRun(config, "abc", time.monotonic())
+    case = next(case for case in every_case(torch.device("cpu")) if case.contender)
     items = [SimpleNamespace(callspec=SimpleNamespace(params={"case": case}))]
     outcome, row = run.result(case, items)
     assert (outcome.status, row["status"]) == ("not run: time", "not run: time")

@@ -11,12 +11,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import measure, report, results, timing
+from benchmarks import report, results, rounds, timing
+from benchmarks.cases import MEASURED_DTYPES, Case, CaseGroup, every_case, groups
 from benchmarks.contenders import CONTENDERS, Contender
-from benchmarks.floor import FAMILIES, floor_bytes
 from benchmarks.full_step import BOOKKEEPING
-from benchmarks.measure import Outcome, Setting
-from benchmarks.plan import DTYPES, Case, Group, groups, plan
+from benchmarks.least_bytes import FAMILIES, bytes_per_parameter
+from benchmarks.rounds import Outcome, Setting
 from benchmarks.shapes import FLAT, MODELS, shapes_of, smaller
 
 SHAPES = [(5, 3), (17,), (1,), (8, 8)]
@@ -58,24 +58,26 @@ def test_flat_sizes_and_smaller() -> None:
     assert smaller([(64, 3, 7), (10,)], 4) == [(16, 1, 1), (2,)]
 
 
-def test_floor() -> None:
+def test_least_bytes() -> None:
     """The numbers of benchmarks/README.md: reads and writes of parameter, gradient, state and master, in bytes."""
     p = g = m = v = w = 4
     sgd, adam = (p + g + m) + (p + m), (p + g + m + v) + (p + m + v)
     lamb = (p + g + m + v) + (m + v) + (p + m + v) + p
     plain = {"sgd": sgd, "adam": adam, "adamw": adam, "lars": p + g + sgd, "lamb": lamb}
-    assert plain == {f: floor_bytes(f, "float32", "plain") for f in FAMILIES}
+    assert plain == {f: bytes_per_parameter(f, "float32", "plain") for f in FAMILIES}
     p = g = 2
     sgd, adam = (w + g + m) + (p + w + m), (w + g + m + v) + (p + w + m + v)
     lamb = (w + g + m + v) + (m + v) + (w + m + v) + (p + w)
     plain = {"sgd": sgd, "adam": adam, "adamw": adam, "lars": w + g + sgd, "lamb": lamb}
-    assert plain == {f: floor_bytes(f, "bfloat16", "plain") for f in FAMILIES}
+    assert plain == {f: bytes_per_parameter(f, "bfloat16", "plain") for f in FAMILIES}
     for dtype, read in (("float32", 4), ("bfloat16", 2)):
-        extra = {f: floor_bytes(f, dtype, "amp+clip") - floor_bytes(f, dtype, "plain") for f in FAMILIES}
+        extra = {
+            f: bytes_per_parameter(f, dtype, "amp+clip") - bytes_per_parameter(f, dtype, "plain") for f in FAMILIES
+        }
         assert extra == {"sgd": read, "adam": read, "adamw": read, "lars": 0, "lamb": read}
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dtype", MEASURED_DTYPES)
 @pytest.mark.parametrize("bookkeeping", BOOKKEEPING)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_contenders_compute_the_same(family: str, bookkeeping: str, dtype: str, device: str) -> None:
@@ -110,13 +112,13 @@ def test_gradients_are_put_back_after_a_contender_that_writes_to_them() -> None:
 def test_contenders_take_turns(monkeypatch: pytest.MonkeyPatch) -> None:
     """One step each in every round, and not always the same first; a slow one sits out, evenly spread."""
     order: list[str] = []
-    monkeypatch.setattr(measure.Entrant, "turn", lambda self, before: order.append(self.name))
+    monkeypatch.setattr(rounds.Entrant, "turn", lambda self, before: order.append(self.name))
     entrants = []
-    for name, rounds in (("a", 6), ("b", 6), ("slow", 2)):
-        entrant = measure.Entrant.__new__(measure.Entrant)
-        entrant.name, entrant.rounds, entrant.outcome = name, rounds, Outcome()
+    for name, count in (("a", 6), ("b", 6), ("slow", 2)):
+        entrant = rounds.Entrant.__new__(rounds.Entrant)
+        entrant.name, entrant.rounds, entrant.outcome = name, count, Outcome()
         entrants.append(entrant)
-    measure._run(entrants, timing.Before(8, torch.device("cpu")))
+    rounds._take_turns(entrants, timing.Before(8, torch.device("cpu")))
     assert "".join(order) == "ab" + "ba" + "slowab" + "ab" + "ba" + "slowab"
 
 
@@ -137,15 +139,15 @@ def test_a_contender_that_fails_is_reported_and_the_rest_goes_on(when: str, devi
         return step
 
     timing_now: list[bool] = []
-    run = measure._run
+    run = rounds._take_turns
 
     def run_and_break(*args) -> None:
         timing_now.append(True)
         run(*args)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(measure, "_run", run_and_break)
-        bad, fine = measure.measure([replace(good, name="bad", make=make), good], setting(device))
+        patch.setattr(rounds, "_take_turns", run_and_break)
+        bad, fine = rounds.time_contenders([replace(good, name="bad", make=make), good], setting(device))
     assert (bad.status, bad.times) == ("failed", [])
     assert bad.error in ("ImportError: no such module", "RuntimeError: broken | kernel")
     assert (fine.status, len(fine.times), len(fine.copies)) == ("ok", 5, 5)
@@ -153,8 +155,8 @@ def test_a_contender_that_fails_is_reported_and_the_rest_goes_on(when: str, devi
 
 def test_what_does_not_fit_is_skipped_and_said_so(monkeypatch: pytest.MonkeyPatch, device: str) -> None:
     rows = own("lamb", device)
-    monkeypatch.setattr(measure, "free_bytes", lambda device: 0)
-    assert {o.status for o in measure.measure(rows, setting(device))} == {"skipped: memory"}
+    monkeypatch.setattr(rounds, "free_bytes", lambda device: 0)
+    assert {o.status for o in rounds.time_contenders(rows, setting(device))} == {"skipped: memory"}
     tried: list[str] = []
 
     def make(params: list[torch.Tensor], bookkeeping: str):
@@ -163,13 +165,13 @@ def test_what_does_not_fit_is_skipped_and_said_so(monkeypatch: pytest.MonkeyPatc
             raise torch.OutOfMemoryError("beside the others")
         return rows[0].make(params, bookkeeping)
 
-    monkeypatch.setattr(measure, "free_bytes", lambda device: 10**9)
-    last, first = measure.measure([rows[0], replace(rows[0], make=make)], setting(device))
+    monkeypatch.setattr(rounds, "free_bytes", lambda device: 10**9)
+    last, first = rounds.time_contenders([rows[0], replace(rows[0], make=make)], setting(device))
     assert (last.status, first.status, first.error) == ("ok", "ok", "")  # alone it fits
 
 
 def test_rows_and_their_report(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys, device: str) -> None:
-    group = Group("sgd", "flat-1e4", "float32", "plain")
+    group = CaseGroup("sgd", "flat-1e4", "float32", "plain")
     rows = {row.name: row for row in own("sgd", device)}
     cases = [Case(group, name, "eager", rows[name]) for name in ("ours-aten", "torch-fused", "reference")]
     times = [[1e-3, 2e-3, 3e-3], [4e-3, 4e-3, 4e-3]]
@@ -180,8 +182,8 @@ def test_rows_and_their_report(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, 
     assert (ours["median_us"], ours["p20_us"], ours["p80_us"], ours["host_us"]) == ("2000", "1400", "2600", "1")
     assert (ours["ratio_to_best_torch"], ours["bytes"], ours["gb_per_s"]) == ("0.5", "200000", "0.1")
     assert (ours["copy_gb_per_s"], ours["share_of_copy"], ours["launches"]) == ("0.08", "1.25", "")
-    gone = [Case(Group("lamb", "gnmt", "float32", "plain"), "all", status="not run: GPU only")]
-    gone.append(Case(Group("sgd", "any", "any", "any"), "apex", status="not installed"))
+    gone = [Case(CaseGroup("lamb", "gnmt", "float32", "plain"), "all", status="not run: GPU only")]
+    gone.append(Case(CaseGroup("sgd", "any", "any", "any"), "apex", status="not installed"))
     file = tmp_path / "machine.csv"
     results.append(file, [{**ours, "median_us": "9"}])
     results.append(file, [{**row, "device": "a machine"} for row in [*out, *map(results.empty_row, gone)]])
@@ -204,9 +206,9 @@ def test_rows_and_their_report(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, 
     assert report.main(tmp_path / "nothing") == 1
 
 
-def test_the_plan_has_every_group_once_and_says_what_it_leaves_out() -> None:
+def test_every_group_is_there_once_and_says_what_it_leaves_out() -> None:
     assert len(set(groups())) == len(groups()) == 5 * (len(MODELS) * 4 + len(FLAT))
-    cases = plan(torch.device("cpu"))
+    cases = every_case(torch.device("cpu"))
     assert len({str(case) for case in cases}) == len(cases)
     assert {case.group for case in cases if case.group.model != "any"} == set(groups())
     assert {c.group.family for c in cases if c.contender and c.group.model == "ptb-large"} == set(FAMILIES)
@@ -245,5 +247,5 @@ def test_device_clock_subtracts_to_seconds(monkeypatch: pytest.MonkeyPatch) -> N
 @pytest.mark.parametrize("family", FAMILIES)
 def test_replayed_graphs_and_launches(family: str) -> None:
     rows = own(family, "cuda", mode="graph")
-    outcomes = measure.measure([*own(family, "cuda"), *rows], setting("cuda"))
+    outcomes = rounds.time_contenders([*own(family, "cuda"), *rows], setting("cuda"))
     assert all(o.status == "ok" and o.launches for o in outcomes), outcomes

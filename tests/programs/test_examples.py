@@ -1,4 +1,4 @@
-"""The applications in examples/: each trains, resumes to the bit, refuses what is wrong; and what the report says."""
+"""The applications in examples/: each trains, resumes to the bit, refuses what is wrong."""
 
 import json
 import sys
@@ -11,8 +11,7 @@ import torch
 pytest.importorskip("sklearn")
 pytest.importorskip("matplotlib")
 
-from examples import application, gnmt, report, sweep, trainer
-from examples.record import Record
+from examples import application, digits_demo, gnmt, report, sweep, trainer
 from fused_legw import Constant, Polynomial
 
 APPLICATIONS = {app.name: type(app) for app in report.applications()}
@@ -241,82 +240,36 @@ def test_a_sweep_is_recorded_once(tmp_path, capsys):
     assert len((tmp_path / "mnist_lstm.jsonl").read_text().splitlines()) == 5
 
 
-# The report, on rows whose summary is known
-
-
-def _row(arm, batch, seed, qualities, seconds, **other):
-    rule = {"legw": "sqrt", "sqrt": "sqrt", "linear": "linear", "baseline": "sqrt"}[arm]
-    schedule = {"base_batch_size": 4, "base_lr": 0.1, "base_warmup_epochs": 0.25, "scaling": rule}
-    row = {"arm": arm, "batch_size": batch, "seed": seed, "schedule": schedule, "updates": 1024 // batch}
-    found = {"quality": qualities[-1], "qualities": qualities, "cpu_seconds": seconds, "diverged": False}
-    return {**row, **found, "device": "a machine", "torch": "2", "commit": "abc", **other}
-
-
-ROWS = [
-    *(_row("baseline", 4, seed, [90.0, 95.0 + seed, 97.0 + seed], [2.0, 4.0, 6.0]) for seed in range(3)),
-    *(_row("legw", 8, seed, [90.0, 97.5, 97.5], [1.0, 2.0, 3.0]) for seed in range(3)),
-    *(_row("legw", 16, seed, [90.0, 91.0, 98.0 - 4 * (seed == 2)], [0.5, 1.0, 1.5]) for seed in range(3)),
-    *(_row("linear", 8, seed, [90.0, None, None], [1.0, 2.0, 3.0], diverged=seed == 1) for seed in range(1, 2)),
-]
-
-
-def test_report_figures():
-    app = APPLICATIONS["mnist_lstm"]()
-    record = Record(app, ROWS)
-    assert record.target == 97.0  # the mean of 97, 98, 99 less one point
-    held, lost = (next(g for g in record.groups if (g.arm, g.batch) == ("legw", batch)) for batch in (8, 16))
-    assert held.holds(app, 97.0)
-    assert not lost.holds(app, 97.0)
-    assert record.limit("legw") is held
-    assert record.faster(held) == 2
-    # The baseline's seeds reach 97 in their last epoch, last, and second: 6, 6 and 4 seconds.
-    assert record.sooner(held) == pytest.approx(16 / 3 / 2)
-    assert record.sooner(lost) is None  # one of its seeds never does
-    line = report._line(record, lost)
-    assert line[:7] == ("legw", "16 (×4)", "0.2", "1", "64", "96.67 ± 2.31", "-1.33")
-    assert line[7] == "-5.00 to +1.00"
-    assert line[11] == "2 of 3"
-    linear = next(g for g in record.groups if g.arm == "linear")
-    assert not linear.holds(app, 97.0)
-    assert "(1 diverged)" in report._line(record, linear)[5]
-
-
-def test_report_where_less_is_better():
-    app = APPLICATIONS["ptb_small"]()
-    rows = [_row("baseline", 4, 0, [120.0, 100.0], [1.0, 2.0]), _row("legw", 8, 0, [120.0, 101.9], [0.5, 1.0])]
-    record = Record(app, rows)
-    assert record.target == pytest.approx(102)
-    assert record.limit("legw").batch == 8
-    assert record.lost(record.groups[1]) == pytest.approx(0.95)
-
-
-def test_the_limit_lies_before_the_first_batch_that_fails():
-    rows = [_row("baseline", 4, 0, [100.0], [1.0])]
-    rows += [_row("legw", batch, 0, [quality], [1.0]) for batch, quality in ((8, 101.0), (16, 103.0), (32, 101.0))]
-    assert Record(APPLICATIONS["ptb_small"](), rows).limit("legw").batch == 8
-
-
-def test_report_writes_a_page_and_plots(tmp_path, capsys):
-    for name in APPLICATIONS:
-        (tmp_path / f"{name}.jsonl").write_text("\n".join(map(json.dumps, ROWS)) + "\n")
-    report.main(["--results", str(tmp_path), "--output", str(tmp_path / "page.md")])
-    page = (tmp_path / "page.md").read_text()
-    assert f"a machine ({len(APPLICATIONS) * len(ROWS)} runs, torch 2, commit abc)" in page
-    assert "Whole runs of the 4 LSTM applications are 4.00× faster on average" in page
-    for name in [*APPLICATIONS, "overview"]:
-        assert (tmp_path / f"{name}.png").stat().st_size > 10_000
-        assert f"results/{name}.png" in page
-    with pytest.raises(SystemExit):
-        report.main(["--results", str(tmp_path / "empty")])
-    assert "no runs of a baseline" in capsys.readouterr().err
-
-
-def test_the_rule_chooses_at_the_baseline():
-    app = APPLICATIONS["ptb_small"]()
-    found = {(0.1, 0.1): [100.0, 101.0], (0.1, 0.2): [100.5, 100.4], (0.2, 0.1): [90.0, None], (0.2, 0.2): [95.0, 96.0]}
-    rows = [
-        {"schedule": {"base_lr": lr, "base_warmup_epochs": w}, "quality": q, "diverged": q is None}
-        for (lr, w), qualities in found.items()
-        for q in qualities
+def test_tune_runs_the_baseline_batch_alone(tmp_path, monkeypatch, capsys):
+    """The demo's recipe, by a smaller grid than the one it was chosen from."""
+    app = digits_demo.DigitsDemo()
+    monkeypatch.setattr(app, "lrs", (0.1, 0.2))
+    monkeypatch.setattr(app, "warmups", (0.5,))
+    monkeypatch.setattr(app, "tuning_seeds", (7,))
+    sweep.main(app, ["--tune", "--epochs", "1", "--device", "cpu", "--output", str(tmp_path)])
+    rows = [json.loads(line) for line in (tmp_path / "digits_demo-tuning.jsonl").read_text().splitlines()]
+    assert [(row["arm"], row["batch_size"], row["seed"], row["split"]) for row in rows] == 2 * [
+        ("baseline", 16, 7, "validation")
     ]
-    assert sweep.choose(app, rows) == (0.1, 0.2)
+    assert [row["schedule"]["base_lr"] for row in rows] == [0.1, 0.2]
+    assert [file.name for file in tmp_path.iterdir() if file.is_file()] == ["digits_demo-tuning.jsonl"]
+    assert capsys.readouterr().out.count("chosen: LR") == 1
+
+
+def test_the_demo_and_its_application_train_alike():
+    """A run of `digits_demo` is the demo's run of the same seed, so its `--tune` chooses the demo's recipe."""
+    pytest.importorskip("tqdm")
+    from tqdm import tqdm
+
+    from fused_legw.demo import digits, training
+
+    app = digits_demo.DigitsDemo()
+    app.load(SimpleNamespace(data=None))
+    app.to(CPU.device)
+    app.recipe = replace(app.recipe, epochs=2)
+    task = training.Task(app.recipe, app.hidden)
+    for arm, batch in (("baseline", 16), ("linear", 64)):
+        _, progress = trainer.train(app, app.schedule(batch, arm), 3, CPU)
+        run = training.train(task, digits.load_sklearn(), arm, batch, 3, backend="aten", bar=tqdm(disable=True))
+        assert progress.losses == pytest.approx(run.losses, rel=1e-6)
+        assert progress.qualities[-1] == pytest.approx(run.accuracy)

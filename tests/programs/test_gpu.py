@@ -10,7 +10,7 @@ import time
 import pytest
 import torch
 
-from benchmarks.floor import FAMILIES
+from benchmarks.least_bytes import FAMILIES
 from tests import gpu
 
 PYTHON = [sys.executable, "-c"]
@@ -107,7 +107,7 @@ def test_the_parts_are_listed_and_cover_the_suite(capsys, tmp_path):
     assert listed == [*suite, "codegen", "stress", "replay", "huge", "sanitize", *bench, "report"]
     commands = {name: gpu.PARTS[name].commands(gpu.Run(tmp_path, "abc")) for name in gpu.PARTS}
     dealt = [file for name in suite for (command,) in [commands[name]] for file in command if file.endswith(".py")]
-    assert sorted(dealt) == sorted(str(p.relative_to(gpu.ROOT)) for p in gpu.ROOT.glob("tests/test_*.py"))
+    assert sorted(dealt) == sorted(str(p.relative_to(gpu.ROOT)) for p in (gpu.ROOT / "tests").rglob("test_*.py"))
     named = {word for name in listed for command in commands[name] for word in command if word.endswith(".py")}
     assert all((gpu.ROOT / file).exists() for file in named)
 

@@ -193,7 +193,7 @@ def test_the_kernel_follows_and_compiles_nothing(backend, device, launches):
     assert optimizer._layout is layout and variants == variants[:1] * 230
     # 5 epochs of 12, then 24 an epoch to update 200, then 6 an epoch for what is left of 60.
     left = 60 - 5 - 140 / 24
-    assert auto.recipe.end == pytest.approx(200 + 6 * left, rel=1e-12) and auto(math.ceil(200 + 6 * left)) == 0
+    assert auto.constants.end == pytest.approx(200 + 6 * left, rel=1e-12) and auto(math.ceil(200 + 6 * left)) == 0
     s = (50 / 24 + 10 / 6) / (60 - 5 - 90 / 24)  # at 210, of the decay in epochs
     assert auto(210) == pytest.approx(0.004 * (1 + math.cos(math.pi * s)) / 2, rel=1e-9)
     assert AutoWU.from_dict(auto.to_dict())(210) == auto(210)

@@ -78,7 +78,7 @@ def test_the_schedule_is_the_definitions(decay, factor, changes):
     assert [schedule(t) for t in range(130)] == pytest.approx(expected, rel=1e-9, abs=1e-12)
     assert schedule.warmup_steps == W
     copy = LEGW.from_dict(json.loads(json.dumps(schedule.to_dict())))
-    assert copy == schedule and hash(copy) == hash(schedule) and copy.recipe == schedule.recipe
+    assert copy == schedule and hash(copy) == hash(schedule) and copy.constants == schedule.constants
 
 
 @pytest.mark.parametrize("changes", [CHANGES[i] for i in (1, 3, 5, 7, 8)], ids=str)

@@ -61,7 +61,7 @@ def capturing(monkeypatch: pytest.MonkeyPatch) -> Iterator[Recorded | torch.cuda
 def spares(monkeypatch):
     """Off the GPU eager steps must prepare for captures too."""
     if DEVICE != "cuda":
-        monkeypatch.setattr(device_table.Table, "prepares_captures", True)
+        monkeypatch.setattr(device_table.DeviceTable, "prepares_captures", True)
 
 
 def constant_gradients(params: list[Tensor], value: float) -> list[Tensor]:

@@ -225,7 +225,7 @@ def test_launches_under_both_scalers(device, launches, cls, options):
     if not HAS_TRITON:
         pytest.skip("Triton's kernels need a GPU or TRITON_INTERPRET=1")
     updates = ["factors_kernel"] if cls is AdamP else []
-    measured = ["measure_kernel", *updates, "update_kernel"]
+    measured = ["norm_kernel", *updates, "update_kernel"]
     twice = measured[:1] + measured if cls is LAMB else measured
     for how, expected in (("ours", twice), ("torch's", measured if cls in (LARS, LAMB) else measured[1:])):
         params = make_params(torch.float32, device, [(9,), (20,)])

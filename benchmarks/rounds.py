@@ -1,4 +1,4 @@
-"""The contenders of one group, timed in rounds in which each takes its turn, so that their ratios can be trusted."""
+"""Times the contenders of one group in rounds. Each takes its turn in a round, so their ratios can be trusted."""
 
 from __future__ import annotations
 
@@ -20,15 +20,15 @@ MOST_ROUNDS, FEWEST_ROUNDS = 50, 5
 
 @dataclass
 class Outcome:
-    """What came of one contender. status: "ok", "failed", or "skipped: memory"; times in seconds."""
+    """What came of one contender. Times are in seconds."""
 
-    status: str = "ok"
+    status: str = "ok"  # or "failed", or "skipped: memory"
     error: str = ""
-    times: list[float] = field(default_factory=list)
-    copies: list[float] = field(default_factory=list)
-    copy_bytes: int = 0
-    host: float | None = None
-    launches: int | None = None
+    times: list[float] = field(default_factory=list)  # of its steps
+    copies: list[float] = field(default_factory=list)  # of a copy in each of the same rounds
+    copy_bytes: int = 0  # that a copy reads and writes
+    host: float | None = None  # until the call returns
+    launches: int | None = None  # of kernels, in a step
 
     def fail(self, error: Exception) -> None:
         memory = isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "can't allocate memory" in str(error)
@@ -39,13 +39,13 @@ class Outcome:
 
 @dataclass
 class Setting:
-    """What the contenders of a group have in common. seconds: how long to time each of them."""
+    """What the contenders of a group have in common."""
 
     shapes: Sequence[Shape]
     dtype: torch.dtype
     bookkeeping: str
     device: torch.device
-    seconds: float
+    seconds: float  # for how long each of them is timed
 
     @property
     def elements(self) -> int:
@@ -53,7 +53,7 @@ class Setting:
 
 
 class Entrant:
-    """A contender made ready: its state made, its kernels compiled, how often it will be timed."""
+    """A contender made ready: its state is made, its kernels are compiled, its number of rounds is known."""
 
     def __init__(self, contender: Contender, setting: Setting, gradients: Gradients, outcome: Outcome) -> None:
         self.outcome, self._gradients, self._device = outcome, gradients, setting.device
@@ -68,15 +68,15 @@ class Entrant:
         outcome.host = self._host_seconds(contender, setting)
         try:
             outcome.launches = launches(self.step, setting.device)
-        except RuntimeError:  # a profiler without the right to count
+        except RuntimeError:  # the profiler may not be allowed to count
             outcome.launches = None
 
     def _host_seconds(self, contender: Contender, setting: Setting) -> float | None:
         if setting.device.type == "cuda":
             return host_seconds(self.step, setting.device)
         if contender.name == "torch-compile":
-            return None  # another shape is another program, compiled for nothing else
-        # On a CPU a call's host time can only be seen where there is next to nothing to compute.
+            return None  # the tiny shapes would be compiled for this alone
+        # On a CPU the host's part of a call only shows where there is next to nothing to compute.
         tiny = Gradients(smaller(setting.shapes, 2**62), setting.dtype, setting.device)
         step: Step = contender.make(parameters(tiny), setting.bookkeeping)
         host_seconds(step, setting.device, 3)
@@ -89,10 +89,10 @@ class Entrant:
         self.outcome.times.append(seconds(self.step, clock_of(self._device)))
 
 
-def measure(
+def time_contenders(
     contenders: Sequence[Contender], setting: Setting, progress: Callable[[str], None] = lambda name: None
 ) -> list[Outcome]:
-    """An outcome for each contender. As many as there is memory for take part in the same rounds."""
+    """An outcome for each contender. As many of them share rounds as fit into memory."""
     outcomes = [Outcome() for _ in contenders]
     try:
         gradients = Gradients(setting.shapes, setting.dtype, setting.device)
@@ -117,22 +117,22 @@ def measure(
                 outcome.status, outcome.error = "ok", ""
                 waiting.insert(0, (contender, outcome))
                 break
-        _run(entrants, before)
+        _take_turns(entrants, before)
         entrants.clear()
         _free(setting.device)
     return outcomes
 
 
 def _fits(contender: Contender, setting: Setting) -> bool:
-    """Whether there is memory for another contender: weights, state, and what a step takes for a moment."""
+    """Whether another contender fits into memory: its weights, its state, and a step's temporaries."""
     state = 4 if contender.family in ("sgd", "lars") else 8
     weights = 4 if setting.dtype == torch.float32 else 2 + 4 + 4  # with masters and their gradients
-    momentary = 12
-    return (weights + state + momentary) * setting.elements < 0.9 * free_bytes(setting.device)
+    temporary = 12
+    return (weights + state + temporary) * setting.elements < 0.9 * free_bytes(setting.device)
 
 
-def _run(entrants: Sequence[Entrant], before: Before) -> None:
-    """The rounds. Who comes first changes from round to round; a slow contender sits out in some, evenly spread."""
+def _take_turns(entrants: Sequence[Entrant], before: Before) -> None:
+    """The rounds. Each begins with another contender. A slow one sits out some rounds, evenly spread."""
     rounds = max((entrant.rounds for entrant in entrants), default=0)
     before.copies.clear()
     for r in range(rounds):

@@ -1,4 +1,4 @@
-"""Which cases there are, the most telling first, and which of them a machine runs."""
+"""All cases, the most telling first, and which of them a machine runs."""
 
 from __future__ import annotations
 
@@ -7,16 +7,16 @@ from dataclasses import dataclass
 import torch
 
 from .contenders import CONTENDERS, Contender
-from .floor import FAMILIES
 from .full_step import BOOKKEEPING
+from .least_bytes import FAMILIES
 from .shapes import FLAT, MODELS
 
-DTYPES = ("float32", "bfloat16")
+MEASURED_DTYPES = ("float32", "bfloat16")
 
 
 @dataclass(frozen=True)
-class Group:
-    """What is compared with each other: same family, shapes, dtype and bookkeeping."""
+class CaseGroup:
+    """The cases that are compared with each other: same family, shapes, dtype and bookkeeping."""
 
     family: str
     model: str
@@ -31,26 +31,26 @@ class Group:
 class Case:
     """One row of the results. A group that is not run, and a package that is not installed, have one row each."""
 
-    group: Group
+    group: CaseGroup
     name: str
     mode: str = ""
     contender: Contender | None = None
-    status: str = ""  # why it is not run
+    status: str = ""  # the reason if it is not run
 
     def __str__(self) -> str:
         return "-".join(filter(None, (str(self.group), self.name, self.mode)))
 
 
-def groups() -> list[Group]:
-    """Models before flat sizes, but for one, so that a run cut short has the more telling half."""
-    telling = [(m, d, b) for d in DTYPES for b in BOOKKEEPING for m in MODELS]
+def groups() -> list[CaseGroup]:
+    """Models come before flat sizes, but for one size. So a run that is cut short has the more telling half."""
+    telling = [(m, d, b) for d in MEASURED_DTYPES for b in BOOKKEEPING for m in MODELS]
     rows = [*telling[: len(MODELS)], ("flat-1e7", "float32", "plain"), *telling[len(MODELS) :]]
     rows += [(m, "float32", "plain") for m in FLAT if m != "flat-1e7"]
-    return [Group(family, *row) for row in rows for family in FAMILIES]
+    return [CaseGroup(family, *row) for row in rows for family in FAMILIES]
 
 
-def left_out(group: Group, device: torch.device) -> str:
-    """Why a device does not run a group; empty if it does. Two CPU cores have time for the smaller half."""
+def left_out(group: CaseGroup, device: torch.device) -> str:
+    """The reason why a device does not run a group, or "". Two CPU cores have time for the smaller half."""
     if device.type == "cuda":
         return ""
     if group.model in FLAT:
@@ -60,11 +60,11 @@ def left_out(group: Group, device: torch.device) -> str:
     elif group.model == "ptb-large":
         run = (group.dtype, group.bookkeeping) == ("float32", "plain")
     else:
-        run = group == Group("sgd", "bert-large", "float32", "plain")
+        run = group == CaseGroup("sgd", "bert-large", "float32", "plain")
     return "" if run else "not run: GPU only"
 
 
-def plan(device: torch.device) -> list[Case]:
+def every_case(device: torch.device) -> list[Case]:
     """Every case, run or not."""
     cases: list[Case] = []
     for group in groups():
@@ -78,5 +78,5 @@ def plan(device: torch.device) -> list[Case]:
                 cases.append(Case(group, row.name, row.mode, row))
     for peer in (row.peer for row in CONTENDERS if row.peer):
         if not peer.installed:
-            cases.append(Case(Group(peer.family, "any", "any", "any"), peer.package, status="not installed"))
+            cases.append(Case(CaseGroup(peer.family, "any", "any", "any"), peer.package, status="not installed"))
     return cases

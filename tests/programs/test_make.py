@@ -1,0 +1,23 @@
+"""The Makefile's test command runs every test file once."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import subprocess
+
+import pytest
+
+from tests.support.deal import TESTS, files
+
+ROOT = TESTS.parent
+
+
+@pytest.mark.skipif(shutil.which("make") is None, reason="needs make")
+def test_every_test_file_is_in_exactly_one_half():
+    asked = subprocess.run(["make", "--dry-run", "test"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    halves = re.findall(r"support/deal.py (\d+) (\d+)", asked)
+    assert halves == [("0", "2"), ("1", "2")]
+    dealt = [file for number, of in halves for file in files(int(number), int(of))]
+    assert sorted(dealt) == sorted(str(path.relative_to(ROOT)) for path in TESTS.rglob("test_*.py"))
+    assert len(set(dealt)) == len(dealt)
