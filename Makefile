@@ -4,8 +4,9 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/ready
+DOCS := .venv-docs
 
-.PHONY: demo test quick codes lint codegen examples bench report gpu dist clean
+.PHONY: demo test quick codes lint codegen examples bench report docs gpu dist clean
 
 demo: $(READY)
 	$(BIN)/fused-legw demo
@@ -47,6 +48,10 @@ report: $(READY)
 dist: $(READY)
 	$(BIN)/python -m build --no-isolation
 
+# The site, into out/site; a broken link, anchor or reference ends it.
+docs: $(DOCS)/ready
+	NO_MKDOCS_2_WARNING=1 $(DOCS)/bin/mkdocs build --strict
+
 gpu:
 	$(PYTHON) -m tests.gpu $(ARGS)
 
@@ -57,5 +62,10 @@ $(READY): requirements.txt pyproject.toml
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation --editable .
 	touch $@
 
+$(DOCS)/ready: docs/requirements.txt
+	$(PYTHON) -m venv --clear $(DOCS)
+	$(DOCS)/bin/python -m pip install --quiet --disable-pip-version-check --requirement docs/requirements.txt
+	touch $@
+
 clean:
-	rm -rf $(VENV) .venv-docs out site dist .benchmarks .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) $(DOCS) out site dist .benchmarks .pytest_cache .mypy_cache .ruff_cache
