@@ -1,8 +1,7 @@
-"""What is refused, and in which words, before anything has changed.
+"""Checks of arguments, which raise before anything has changed.
 
-There are two voices. Options that torch.optim has too are refused in its words, "Invalid momentum value: -1", because
-its own tests and other people's look for them. All others are refused by what they must be, "base_lr must be a finite
-positive number, got -1".
+Errors are worded in two ways. An option that torch.optim has too gets torch's words, "Invalid momentum value: -1",
+because torch's tests and other code match them. Every other argument gets "NAME must be WHAT, got VALUE".
 """
 
 from __future__ import annotations
@@ -20,13 +19,13 @@ from torch import Tensor
 from torch.nn.parameter import UninitializedParameter
 
 
-def fail(name: str, value: object, rule: str) -> NoReturn:
-    """Say what an argument must be, and what it is."""
-    raise ValueError(f"{name} must be {rule}, got {value!r}")
+def fail(name: str, value: object, requirement: str) -> NoReturn:
+    """Raise ValueError with what an argument must be and its value."""
+    raise ValueError(f"{name} must be {requirement}, got {value!r}")
 
 
 def number(name: str, value: object, *, zero: bool = False) -> float:
-    """The value as a float, if it is a finite positive number (or zero, if `zero`)."""
+    """The value as a float. Raises unless it is finite and positive; `zero` allows 0."""
     try:
         converted = float(value) if isinstance(value, Real) and not isinstance(value, bool) else math.nan
     except OverflowError:
@@ -37,7 +36,7 @@ def number(name: str, value: object, *, zero: bool = False) -> float:
 
 
 def count(name: str, value: object, *, zero: bool = False) -> int:
-    """The value as an int, if it is a positive integer (or zero, if `zero`) that fits 63 bits."""
+    """The value as an int. Raises unless it is a positive integer below 2**63; `zero` allows 0."""
     if not isinstance(value, Integral) or isinstance(value, bool) or int(value) < (0 if zero else 1):
         fail(name, value, "an integer, zero or more" if zero else "a positive integer")
     if int(value) >= 2**63:
@@ -49,7 +48,7 @@ DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 
 
 def is_dense(p: Tensor) -> bool:
-    """Whether the elements fill one span of memory, each once, in any order: channels_last and transposed are dense."""
+    """Whether the elements fill one span of memory without gaps, in any order, as in channels_last and transposed."""
     # empty_like keeps the strides of exactly these tensors.
     return p.numel() == 0 or torch.empty_like(p, device="meta").stride() == p.stride()
 
@@ -62,7 +61,7 @@ def check_parameter(name: str, p: Tensor) -> None:
         raise ValueError(f"{name} is on the meta device: materialize it before making the optimizer")
     if not is_dense(p):
         raise ValueError(
-            f"{name} is not dense: shape {tuple(p.shape)} with strides {p.stride()}; pass a contiguous tensor"
+            f"{name} is not dense, pass a contiguous tensor: shape {tuple(p.shape)} with strides {p.stride()}"
         )
 
 
@@ -76,7 +75,7 @@ def check_rows(name: str, p: Tensor) -> None:
 
 
 def check_overlaps(named: Sequence[tuple[str, Tensor]]) -> None:
-    """Two updates of the same bytes have no meaning. Disjoint views of one storage are fine."""
+    """Refuse parameters that share memory: a step would update it twice. Disjoint views of one storage are fine."""
     spans = sorted(
         (str(p.device), p.data_ptr(), p.data_ptr() + p.numel() * p.element_size(), name)
         for name, p in named
@@ -91,7 +90,7 @@ def check_overlaps(named: Sequence[tuple[str, Tensor]]) -> None:
 
 @contextmanager
 def naming(label: str) -> Iterator[None]:
-    """Let errors say whose value it is."""
+    """Prefix the errors of a block with a label, such as the group that they are about."""
     try:
         yield
     except (TypeError, ValueError, RuntimeError) as error:
@@ -99,7 +98,7 @@ def naming(label: str) -> Iterator[None]:
 
 
 def unread(value: Any) -> bool:
-    """Whether this is a tensor that checks must not read, because that would wait for its device."""
+    """Whether this is a tensor on a GPU. Checks do not read it, because they would wait for the device."""
     return isinstance(value, Tensor) and value.device.type != "cpu"
 
 
@@ -108,7 +107,7 @@ def _is_number(value: Any) -> bool:
 
 
 def check_number(name: str, value: Any, torchs: str = "", *, low: float = 0.0, below: float = math.inf) -> None:
-    """A finite number, low <= value < below. torchs: what torch.optim's message calls it."""
+    """Raise unless the value is finite and low <= value < below. torchs: the name in torch.optim's message."""
     if not _is_number(value):
         raise TypeError(f"{name} must be a number, got {value!r}")
     if not (math.isfinite(value) and low <= value < below):
@@ -116,7 +115,7 @@ def check_number(name: str, value: Any, torchs: str = "", *, low: float = 0.0, b
 
 
 def check_scalar(name: str, value: Any, torchs: str = "", *, low: float = 0.0, below: float = math.inf) -> None:
-    """As `check_number`, or a 1-element tensor; one that is not on the CPU may hold anything."""
+    """As `check_number`, but allow 1-element tensors. The value of a tensor on a GPU is not checked."""
     if isinstance(value, Tensor):
         if value.numel() != 1:
             raise ValueError(f"Tensor {name} must be 1-element, got shape {tuple(value.shape)}")
@@ -127,13 +126,14 @@ def check_scalar(name: str, value: Any, torchs: str = "", *, low: float = 0.0, b
 
 
 def check_flag(name: str, value: Any) -> None:
-    """True or False, also as a number or NumPy's; a set looks into no tensor."""
+    """Raise unless the value is True or False, or equal to one, such as 1 and NumPy's bools."""
+    # The set compares hashes first, so no tensor is read.
     if not (isinstance(value, Hashable) and value in {0, 1}):
         raise TypeError(f"{name} must be True or False, got {value!r}")
 
 
 def check_limit(name: str, value: Any) -> None:
-    """A threshold, which may be infinite, or None."""
+    """Raise unless the value is a positive number, possibly infinite, or None."""
     if value is not None and not _is_number(value):
         raise TypeError(f"{name} must be a number or None, got {value!r}")
     if value is not None and not value > 0:
@@ -141,7 +141,7 @@ def check_limit(name: str, value: Any) -> None:
 
 
 def check_pair(name: str, value: Any) -> tuple[Any, Any]:
-    """Two values, as a tuple."""
+    """The two values of a pair, such as betas."""
     try:
         first, second = value
     except (TypeError, ValueError):
@@ -156,16 +156,16 @@ def check_range(name: str, value: Any) -> None:
 
 
 def check_lr(lr: object, name: str, p: Tensor) -> None:
-    """A tensor LR on a GPU is read there, by the kernel; one on the CPU is a number."""
+    """Refuse a tensor LR on a GPU that the kernel of parameter p cannot read. On the CPU it counts as a number."""
     if isinstance(lr, Tensor) and lr.device.type != "cpu":
         if lr.device != p.device:
-            raise ValueError(f"lr is a tensor on {lr.device}, but {name} is on {p.device}")
+            raise ValueError(f"lr is a tensor on {lr.device}, but {name} is on {p.device}: move it there")
         if lr.dtype not in (torch.float32, torch.float64):
             raise TypeError(f"lr is a tensor of {lr.dtype}: on a GPU it must be torch.float32 or torch.float64")
 
 
 def check_state(label: str, state: Mapping[str, Any], names: Iterable[str], shape: torch.Size) -> None:
-    """Refuse state that is not its parameter's; a tensor of another shape would be broadcast."""
+    """Refuse state that does not have its parameter's shape; torch would broadcast it."""
     for name in names:
         value = state.get(name)
         if value is not None and not (isinstance(value, Tensor) and value.shape == shape):
@@ -180,7 +180,7 @@ def check_gradient(name: str, p: Tensor) -> None:
         if gradient.device != p.device or gradient.shape != p.shape:
             raise RuntimeError(
                 f"{name}.grad has shape {tuple(gradient.shape)} on {gradient.device}, "
-                f"its parameter {tuple(p.shape)} on {p.device}"
+                f"but its parameter has shape {tuple(p.shape)} on {p.device}"
             )
 
 
@@ -195,6 +195,6 @@ def _check_plain(name: str, x: Tensor) -> None:
 
 def check_step(label: str, value: Any) -> None:
     """Reject a `step` that is not a number of updates."""
-    number = value.item() if isinstance(value, Tensor) and value.numel() == 1 else value
-    if not (isinstance(number, numbers.Real) and 0 <= float(number) < math.inf):
+    steps = value.item() if isinstance(value, Tensor) and value.numel() == 1 else value
+    if not (isinstance(steps, numbers.Real) and 0 <= float(steps) < math.inf):
         raise ValueError(f"{label}['step'] must be a number of updates, zero or more, got {value!r}")

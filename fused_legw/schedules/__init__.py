@@ -1,1 +1,1 @@
-"""The learning rate of update t."""
+"""Schedules: the learning rate of every update."""

@@ -1,4 +1,4 @@
-"""The path of AutoWU's LR: an exponential warm-up, then the decay; frozen, and followed by kernels as LEGW is."""
+"""The path of AutoWU's LR: an exponential warm-up, then the decay. It is frozen, so kernels can follow it."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from ..checks import count, fail, number
 from .base import Schedule
 from .clock import Clock, assign, exact
 
-_CONSTANT_PART = Fraction(4, 5)  # of the run, where the decay is "constant-then-cosine"
+_CONSTANT_PART = Fraction(4, 5)  # fraction of the run before "constant-then-cosine" starts to decay
 
 
 def _share(name: str, value: object) -> float:
@@ -28,13 +28,10 @@ def _share(name: str, value: object) -> float:
 
 @dataclass(frozen=True)
 class ExponentialPath(Schedule):
-    """The settings, and what they have led to. switch: the update at which the warm-up ended, and the LR from then on.
+    """The settings of an `AutoWU`, its batch changes, and its switch to the decay. `AutoWU` explains the settings."""
 
-    steps_per_epoch: as it is now. earlier: (end, steps_per_epoch) of the batches before. total_steps: by the first.
-    """
-
-    total_steps: int
-    steps_per_epoch: float
+    total_steps: int  # in updates of the first batch size
+    steps_per_epoch: float  # at the current batch size
     min_lr: float
     max_lr: float
     max_warmup_fraction: float
@@ -43,8 +40,8 @@ class ExponentialPath(Schedule):
     confidence: float
     decay: Literal["cosine", "constant-then-cosine"]
     seed: int
-    earlier: tuple[tuple[int, float], ...] = ()
-    switch: tuple[float, float] | None = None
+    earlier: tuple[tuple[int, float], ...] = ()  # (end, steps_per_epoch) of each earlier batch size; end: an update
+    switch: tuple[float, float] | None = None  # the update at which the warm-up ended, and the LR there
 
     milestones = ()
 
@@ -83,12 +80,12 @@ class ExponentialPath(Schedule):
 
     @cached_property
     def _longest(self) -> Fraction:
-        """The warm-up in updates by its growth: after them it is at max_lr."""
+        """The updates that the warm-up needs to reach max_lr."""
         return exact(self.max_warmup_fraction) * self.total_steps
 
     @cached_property
     def _climb(self) -> formulas.ScheduleConstants:
-        """The warm-up alone."""
+        """The constants of a warm-up that never ends."""
         growth = math.log(self.max_lr / self.min_lr) / float(self._longest)
         kind, endless = formulas.EXPONENTIAL_THEN_COSINE, math.inf
         return formulas.ScheduleConstants(kind, warmup_steps=endless, slope=self.min_lr, log_rate=growth)
@@ -98,7 +95,7 @@ class ExponentialPath(Schedule):
 
     @cached_property
     def end_of_warmup(self) -> tuple[float, float]:
-        """The update, and the LR from then on: of the switch, or else the latest there can be."""
+        """The update at which the warm-up ends, and the LR there: at the switch, else at the latest possible update."""
         if self.switch is not None:
             return self.switch
         latest = self._clock.update(exact(self.max_warmup_fraction) * self._epochs)
@@ -130,7 +127,7 @@ class ExponentialPath(Schedule):
         return replace(self, steps_per_epoch=self.earlier[i][1], earlier=self.earlier[:i])
 
     def ended(self) -> ExponentialPath:
-        """The same, with its warm-up over at the end it has."""
+        """This path, with its warm-up declared over at `end_of_warmup`."""
         return replace(self, switch=self.end_of_warmup)
 
     def change_steps_per_epoch(self, t: int, steps_per_epoch: float) -> ExponentialPath:
@@ -138,7 +135,7 @@ class ExponentialPath(Schedule):
         if t < self.since:
             fail("t", t, f"at least {self.since}, where the batch size last changed")
         path = self.ended() if t >= self.end_of_warmup[0] else self
-        if t == 0:  # nothing was done at the pace before, which total_steps was meant for
+        if t == 0:  # no update was made at the earlier pace, but total_steps counts in it
             return replace(path, steps_per_epoch=steps_per_epoch, earlier=((0, path.steps_per_epoch),))
         stretch = ((t, path.steps_per_epoch),) if t > path.since else ()
         return replace(path, steps_per_epoch=steps_per_epoch, earlier=(*path.earlier, *stretch))

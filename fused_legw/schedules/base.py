@@ -1,4 +1,4 @@
-"""What a schedule is to the optimizers."""
+"""The interface of schedules, as the optimizers use it."""
 
 from __future__ import annotations
 
@@ -11,19 +11,19 @@ from ..checks import count
 
 
 class Schedule:
-    """What the optimizers take as `lr=` besides numbers: an LR for each update, by constants that kernels can read."""
+    """An LR for every update, described by constants that kernels can read. Optimizers take it as `lr=`."""
 
-    constants: formulas.ScheduleConstants  # they hold for every update from `since` on
-    milestones: tuple[int, ...]  # the updates that a MultiStep decay counts; a change of the batch keeps their number
+    constants: formulas.ScheduleConstants  # valid for every update from `since` on
+    milestones: tuple[int, ...]  # the updates at which a MultiStep decay drops; a batch change keeps their number
 
     @property
     def recipe(self) -> formulas.ScheduleConstants:
-        """`constants`, by the name they had before 0.1.0."""
+        """`constants`, under the name it had before 0.1.0."""
         return self.constants
 
     @property
     def since(self) -> int:
-        """The update at which the batch last changed; 0 where it never did."""
+        """The update at which the batch last changed; 0 if it never did."""
         raise NotImplementedError
 
     @property
@@ -32,7 +32,11 @@ class Schedule:
         raise NotImplementedError
 
     def __call__(self, t: int) -> float:
-        """The float64 LR of the update made after t completed ones (t = 0, 1, 2, ...)."""
+        """The float64 LR of update t, the one made after t completed updates (t = 0, 1, 2, ...).
+
+        Raises:
+            ValueError: t is not an integer, zero or more.
+        """
         t = count("t", t, zero=True)
         then = self.as_of(t)
         passed = bisect_right(then.milestones, t)
@@ -43,15 +47,15 @@ class Schedule:
         raise NotImplementedError
 
     def has_batch(self, batch_size: int, steps_per_epoch: float | None) -> bool:
-        """Whether that is the batch now; raises as `change_batch_size` does for arguments that are none."""
+        """Whether this is the current batch. Raises for the same arguments as `change_batch_size`."""
         raise NotImplementedError
 
     def change_batch_size(self, t: int, batch_size: int, *, steps_per_epoch: float | None = None) -> Schedule:
-        """The schedule that goes on at another batch size after t updates. This one stays as it is."""
+        """The schedule that continues at another batch size after t updates. This one does not change."""
         raise NotImplementedError
 
     def become(self, other: Schedule) -> Schedule:
-        """What an optimizer that follows this one is to follow when it moves to the other."""
+        """The object that an optimizer with this schedule follows once it moves to `other`."""
         return other
 
     def to_dict(self) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Epochs and updates, exactly, across changes of the batch."""
+"""Exact conversion between epochs and updates, across batch changes."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from fractions import Fraction
 
 
 def assign(frozen: object, **values: object) -> None:
-    """Assign to a frozen dataclass while it is being made."""
+    """Set attributes of a frozen dataclass, in its `__post_init__`."""
     for name, value in values.items():
         object.__setattr__(frozen, name, value)
 
@@ -20,10 +20,13 @@ def exact(value: float) -> Fraction:
 
 
 class Clock:
-    """Epochs by update, exactly, where the updates per epoch may change: they do with the batch."""
+    """Converts updates to epochs and back, exactly. The updates per epoch may change during the run.
+
+    A stretch is a part of the run with one number of updates per epoch, its pace.
+    """
 
     def __init__(self, stretches: Sequence[tuple[int, Fraction]]) -> None:
-        """stretches: the first update of each, and its updates per epoch; the first begins at 0."""
+        """stretches: (first update, updates per epoch) of each, in order; the first begins at update 0."""
         self._begins, self._paces = [begin for begin, _ in stretches], [pace for _, pace in stretches]
         self._epochs = [Fraction(0)]
         for (begin, pace), end in zip(stretches, self._begins[1:], strict=False):
@@ -31,7 +34,7 @@ class Clock:
 
     @property
     def steps_per_epoch(self) -> Fraction:
-        """Of the last stretch."""
+        """The updates per epoch of the last stretch."""
         return self._paces[-1]
 
     def epoch(self, t: Fraction | int) -> Fraction:
@@ -40,11 +43,14 @@ class Clock:
         return self._epochs[i] + (t - self._begins[i]) / self._paces[i]
 
     def update(self, epoch: Fraction | int) -> Fraction:
-        """The t at which so many epochs are done, by the last stretch's pace: it may lie before that, or before 0."""
+        """The update t at which this many epochs are done, at the last stretch's pace.
+
+        The result may lie before the last stretch, and even below 0.
+        """
         return self._begins[-1] + (epoch - self._epochs[-1]) * self.steps_per_epoch
 
     def whole_update(self, epoch: Fraction) -> int:
-        """The first whole t then or later, where 3 epochs of 10/3 updates are 10 whatever the floats say."""
+        """`update` rounded up to an integer. A tolerance absorbs rounding: 3 epochs of 10/3 updates are 10."""
         t = self.update(epoch)
         nearest = round(t)
         return nearest if abs(t - nearest) <= Fraction(1, 10**12) * max(1, nearest) else math.ceil(t)

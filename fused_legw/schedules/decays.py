@@ -1,4 +1,4 @@
-"""What the LR does after the warm-up: the decays."""
+"""The decays: the factor on the peak LR after the warm-up."""
 
 from __future__ import annotations
 
@@ -14,42 +14,50 @@ from ..checks import fail, number
 from .clock import Clock, assign, exact
 
 
-class Run(NamedTuple):
-    """What a decay must know of the run it belongs to."""
+class RunLength(NamedTuple):
+    """How long a run and its warm-up are, and its peak LR: the input of a decay."""
 
     peak_lr: float
-    warmup_steps: float
+    warmup_steps: float  # in updates
     warmup_end: Fraction  # in epochs
     epochs: float | None
-    clock: Clock
+    clock: Clock  # converts between epochs and updates
 
 
 @dataclass(frozen=True)
 class Decay:
-    """What the LR does after the warm-up: a multiplier of the peak LR, counted in epochs from the start of training."""
+    """A factor on the peak LR after the warm-up. Its epochs count from the start of training."""
 
-    def constants(self, run: Run) -> dict[str, float]:
+    def constants(self, run: RunLength) -> dict[str, float]:
         """The fields of `formulas.ScheduleConstants` that this decay sets, in updates."""
         raise NotImplementedError
 
-    def boundaries(self, run: Run) -> tuple[int, ...]:
+    def boundaries(self, run: RunLength) -> tuple[int, ...]:
+        """The updates at which the factor drops, for `Schedule.milestones`."""
         return ()
 
 
 @dataclass(frozen=True)
 class Constant(Decay):
-    """No decay: the peak LR from the end of the warm-up on."""
+    """No decay: the LR stays at its peak after the warm-up."""
 
-    def constants(self, run: Run) -> dict[str, float]:
+    def constants(self, run: RunLength) -> dict[str, float]:
         return {"kind": formulas.CONSTANT}
 
 
 @dataclass(frozen=True)
 class MultiStep(Decay):
-    """factor^(milestones passed). A milestone e (epochs) is passed from update ceil(e * steps_per_epoch) on.
+    """The peak LR times `factor` for each milestone passed.
 
-    milestones: epochs from the start of training, increasing, any number of them (none: constant). One that falls
-    inside the warm-up counts from the warm-up's end on.
+    A milestone at epoch e is passed from update ceil(e * steps_per_epoch) on. A milestone inside the warm-up takes
+    effect when the warm-up ends.
+
+    Args:
+        milestones: epochs from the start of training, increasing; none for a constant LR.
+        factor: what the LR is multiplied by at each milestone.
+
+    Raises:
+        ValueError: naming the argument and its value.
     """
 
     milestones: Sequence[float]
@@ -63,19 +71,27 @@ class MultiStep(Decay):
             fail("milestones", self.milestones, "increasing")
         assign(self, factor=number("factor", self.factor))
 
-    def constants(self, run: Run) -> dict[str, float]:
+    def constants(self, run: RunLength) -> dict[str, float]:
         return {"kind": formulas.MULTISTEP, "log_rate": math.log(self.factor)}
 
-    def boundaries(self, run: Run) -> tuple[int, ...]:
+    def boundaries(self, run: RunLength) -> tuple[int, ...]:
         return tuple(run.clock.whole_update(exact(epoch)) for epoch in self.milestones)
 
 
 @dataclass(frozen=True)
 class Exponential(Decay):
-    """rate^max(0, periods) from start_epoch on, a period being every_epochs.
+    """The peak LR times `rate` for each period after start_epoch.
 
-    staircase=True counts whole periods, one of them at the start itself: with rate=0.5, start_epoch=4 the fifth epoch
-    (index 4) runs at half the peak, as in the TensorFlow PTB tutorial. staircase=False is continuous and starts at 1.
+    Args:
+        rate: the factor per period.
+        start_epoch: the epoch at which the decay starts.
+        every_epochs: the length of a period, in epochs.
+        staircase: True: the LR drops once per period, for the first time at start_epoch itself. With rate=0.5 and
+            start_epoch=4 the fifth epoch runs at half the peak, as in TensorFlow's PTB tutorial. False: the LR falls
+            continuously, from the peak at start_epoch.
+
+    Raises:
+        ValueError: naming the argument and its value.
     """
 
     rate: float
@@ -93,7 +109,7 @@ class Exponential(Decay):
         if not isinstance(self.staircase, bool):
             fail("staircase", self.staircase, "True or False")
 
-    def constants(self, run: Run) -> dict[str, float]:
+    def constants(self, run: RunLength) -> dict[str, float]:
         return {
             "kind": formulas.STAIRCASE if self.staircase else formulas.EXPONENTIAL,
             "start": float(run.clock.update(exact(self.start_epoch))),
@@ -102,8 +118,8 @@ class Exponential(Decay):
         }
 
 
-def _ending(run: Run, decay: Decay, end_lr: float, start_epoch: Fraction) -> dict[str, float]:
-    """The fields shared by the decays that end with the run's epochs."""
+def _ending(run: RunLength, decay: Decay, end_lr: float, start_epoch: Fraction) -> dict[str, float]:
+    """The fields of the decays that end with the run."""
     name = type(decay).__name__
     if run.epochs is None:
         raise ValueError(f"epochs must be given for decay={name}, got None")
@@ -111,8 +127,8 @@ def _ending(run: Run, decay: Decay, end_lr: float, start_epoch: Fraction) -> dic
     if end <= float(run.clock.update(run.warmup_end)):
         raise ValueError(
             f"epochs={run.epochs!r} ends the run after {end:g} updates, inside its warm-up of "
-            f"warmup_steps={run.warmup_steps:g} ({float(run.warmup_end):g} epochs): decay={name} has nothing left to "
-            "decay over"
+            f"warmup_steps={run.warmup_steps:g} ({float(run.warmup_end):g} epochs): decay={name} needs more epochs "
+            "or a shorter warm-up"
         )
     if end_lr > run.peak_lr:
         raise ValueError(f"end_lr must be at most the peak LR {run.peak_lr!r}, got {end_lr!r}")
@@ -121,11 +137,18 @@ def _ending(run: Run, decay: Decay, end_lr: float, start_epoch: Fraction) -> dic
 
 @dataclass(frozen=True)
 class Polynomial(Decay):
-    """r + (1 - r) * (1 - s)^power, r = end_lr / peak LR. Needs the schedule's `epochs`.
+    """A polynomial decay to end_lr at the end of the run. Needs the schedule's `epochs`.
 
-    span="remaining": s runs from 0 at the end of the warm-up to 1 at the end of training (LEGW's ResNet code).
-    span="whole": s runs from 0 at the start of training, so the LR jumps where the warm-up ends (LEGW's MNIST code).
-    end_lr: this run's absolute LR at the end, not scaled with the batch.
+    The factor is r + (1 - r) * (1 - s)^power, where r = end_lr / peak LR and the progress s ends at 1.
+
+    Args:
+        power: 1 for a linear decay.
+        end_lr: this run's LR at the end; it does not scale with the batch.
+        span: "remaining": s is 0 at the end of the warm-up (LEGW's ResNet code). "whole": s is 0 at the start of
+            training, so the LR jumps where the warm-up ends (LEGW's MNIST code).
+
+    Raises:
+        ValueError: naming the argument and its value.
     """
 
     power: float = 1.0
@@ -137,7 +160,7 @@ class Polynomial(Decay):
         if self.span not in ("remaining", "whole"):
             fail("span", self.span, "'remaining' or 'whole'")
 
-    def constants(self, run: Run) -> dict[str, float]:
+    def constants(self, run: RunLength) -> dict[str, float]:
         start = run.warmup_end if self.span == "remaining" else Fraction(0)
         shared = _ending(run, self, self.end_lr, start)
         return {"kind": formulas.POLYNOMIAL, "power": self.power, **shared}
@@ -145,9 +168,15 @@ class Polynomial(Decay):
 
 @dataclass(frozen=True)
 class Cosine(Decay):
-    """r + (1 - r) * (1 + cos(pi * s)) / 2 over what remains after the warm-up, r = end_lr / peak LR. Needs `epochs`.
+    """Half a cosine from the peak LR at the end of the warm-up to end_lr at the end. Needs the schedule's `epochs`.
 
-    end_lr: this run's absolute LR at the end, not scaled with the batch.
+    The factor is r + (1 - r) * (1 + cos(pi * s)) / 2, where r = end_lr / peak LR and the progress s runs from 0 to 1.
+
+    Args:
+        end_lr: this run's LR at the end; it does not scale with the batch.
+
+    Raises:
+        ValueError: naming the argument and its value.
     """
 
     end_lr: float = 0.0
@@ -155,7 +184,7 @@ class Cosine(Decay):
     def __post_init__(self) -> None:
         assign(self, end_lr=number("end_lr", self.end_lr, zero=True))
 
-    def constants(self, run: Run) -> dict[str, float]:
+    def constants(self, run: RunLength) -> dict[str, float]:
         return {"kind": formulas.COSINE, **_ending(run, self, self.end_lr, run.warmup_end)}
 
 

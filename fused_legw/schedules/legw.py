@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import reprlib
 from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import KW_ONLY, asdict, dataclass, replace
@@ -16,21 +17,21 @@ from legw_kernels import formulas
 from ..checks import count, fail, number
 from .base import Schedule
 from .clock import Clock, assign, exact
-from .decays import DECAYS, Constant, Decay, Run
+from .decays import DECAYS, Constant, Decay, RunLength
 
 _SCALINGS = {"sqrt": math.sqrt, "linear": lambda k: k, "none": lambda k: 1.0}
 
 
 class Stretch(NamedTuple):
-    """Updates that were made at another batch size than those after them. end: the update at which it changed."""
+    """A part of the run at one batch size, before a change."""
 
-    end: int
+    end: int  # the update at which the batch size changed
     batch_size: int
     steps_per_epoch: float
 
 
 def _stretches(earlier: Any) -> tuple[Stretch, ...]:
-    """`LEGW.earlier`, checked."""
+    """Check `LEGW.earlier`."""
     if isinstance(earlier, str) or not isinstance(earlier, Sequence):
         fail("earlier", earlier, "a sequence of (end, batch_size, steps_per_epoch)")
     stretches = list[Stretch]()
@@ -46,24 +47,25 @@ def _stretches(earlier: Any) -> tuple[Stretch, ...]:
 
 @dataclass(frozen=True)
 class LEGW(Schedule):
-    """The learning rate of a recipe tuned at one batch size, at another batch size, with nothing retuned.
+    """Takes the learning rate of a recipe tuned at one batch size to another batch size, with nothing retuned.
 
-    With k = batch_size / base_batch_size: the peak LR is sqrt(k) * base_lr, the warm-up lasts k * base_warmup_epochs
-    epochs, and the recipe's own decay keeps its epochs. `schedule(t)` is the LR of the update made after t completed
-    ones: peak * min(1, (t + 1) / warmup_steps), times the decay once t >= warmup_steps.
+    Let k = batch_size / base_batch_size. The peak LR is sqrt(k) * base_lr. The warm-up is linear and lasts k *
+    base_warmup_epochs epochs. The recipe's decay keeps its epochs (You et al. 2019, arXiv 1901.08256). `schedule(t)` is
+    the LR of the update made after t completed ones: peak_lr * min(1, (t + 1) / warmup_steps), times the decay once
+    t >= warmup_steps.
 
     Args:
         base_lr: peak LR of the tuned recipe.
-        base_batch_size: its global batch, in samples.
-        base_warmup_epochs: its warm-up, in epochs; 0 for none.
-        batch_size: this run's global, effective batch: all workers, all accumulated micro-batches.
+        base_batch_size: the recipe's global batch, in samples.
+        base_warmup_epochs: the recipe's warm-up, in epochs; 0 for none.
+        batch_size: this run's global batch, in samples: all workers, all accumulated micro-batches.
         dataset_size: samples per epoch.
-        epochs: length of the run; needed by decays that end (Polynomial, Cosine).
+        epochs: length of the run; Polynomial and Cosine need it.
         decay: Constant(), MultiStep(...), Exponential(...), Polynomial(...) or Cosine(...).
-        scaling: "sqrt" (LEGW), "linear" (Goyal et al. 2017) or "none".
-        steps_per_epoch: updates per epoch; dataset_size / batch_size unless given. With a real loader pass
-            `len(loader)`, else the last updates of a run fall past its end.
-        earlier: what `change_batch_size` keeps of the batches before this one.
+        scaling: how the peak LR grows with k: "sqrt" (LEGW), "linear" (Goyal et al. 2017) or "none".
+        steps_per_epoch: updates per epoch; by default dataset_size / batch_size. With a data loader pass `len(loader)`:
+            otherwise the last updates fall past the end of the schedule.
+        earlier: the batch sizes before this one; `change_batch_size` fills it in.
 
     Raises:
         ValueError: naming the argument and its value.
@@ -84,7 +86,7 @@ class LEGW(Schedule):
     epochs: float | None = None
     decay: Decay = Constant()  # noqa: RUF009  # frozen, so it can be shared
     scaling: Literal["sqrt", "linear", "none"] = "sqrt"
-    steps_per_epoch: float = None  # type: ignore[assignment]  # a number once made
+    steps_per_epoch: float = None  # type: ignore[assignment]  # a number after __post_init__
     earlier: tuple[Stretch, ...] = ()
 
     def __post_init__(self) -> None:
@@ -108,10 +110,10 @@ class LEGW(Schedule):
             assign(self, steps_per_epoch=number("steps_per_epoch", self.steps_per_epoch))
         if not math.isfinite(self.peak_lr):
             fail("base_lr", self.base_lr, f"small enough for a finite peak LR at batch_size={self.batch_size}")
-        _ = self.constants  # made now, so that a decay's objections come now
+        _ = self.constants  # raises here if the decay does not fit the run
 
     def _exact_steps_per_epoch(self, batch_size: int, steps_per_epoch: float) -> Fraction:
-        """`steps_per_epoch` without its rounding to a float."""
+        """`steps_per_epoch` as a fraction, without rounding."""
         ratio = Fraction(self.dataset_size, batch_size)
         return ratio if steps_per_epoch == float(ratio) else exact(steps_per_epoch)
 
@@ -123,19 +125,19 @@ class LEGW(Schedule):
 
     @cached_property
     def _warmup_steps(self) -> Fraction:
-        """W by the first batch: the same at all, but for the rounding of a steps_per_epoch that was given."""
+        """The warm-up in updates, by the first batch size. At others it differs by rounding of steps_per_epoch only."""
         _, batch_size, steps_per_epoch = (*self.earlier, (0, self.batch_size, self.steps_per_epoch))[0]
         scale = Fraction(batch_size, self.base_batch_size)
         return exact(self.base_warmup_epochs) * scale * self._exact_steps_per_epoch(batch_size, steps_per_epoch)
 
     @property
-    def _run(self) -> Run:
+    def _run(self) -> RunLength:
         end = self._clock.epoch(self._warmup_steps)
-        return Run(self.peak_lr, self.warmup_steps, end, self.epochs, self._clock)
+        return RunLength(self.peak_lr, self.warmup_steps, end, self.epochs, self._clock)
 
     @cached_property
     def constants(self) -> formulas.ScheduleConstants:  # type: ignore[override]
-        """The schedule's constants in updates, as the host formula and the kernels take them."""
+        """The schedule's constants, in updates, for the host formula and the kernels."""
         peak, steps = self.peak_lr, self.warmup_steps
         warmup = formulas.ScheduleConstants(peak_lr=peak, warmup_steps=steps, slope=peak / steps if steps else 0.0)
         return warmup._replace(**self.decay.constants(self._run))
@@ -147,7 +149,7 @@ class LEGW(Schedule):
 
     @property
     def scale(self) -> float:
-        """k, this batch over the recipe's."""
+        """k: this run's batch size over the recipe's."""
         return self.batch_size / self.base_batch_size
 
     @property
@@ -157,22 +159,22 @@ class LEGW(Schedule):
 
     @property
     def warmup_epochs(self) -> float:
-        """The warm-up in epochs: k times the recipe's, at one batch."""
+        """The warm-up in epochs: k times the recipe's, if the batch size never changes."""
         return float(self._clock.epoch(self._warmup_steps))
 
     @property
     def warmup_steps(self) -> float:
-        """W, the warm-up in updates, may be fractional; without `steps_per_epoch` the same at every batch size."""
+        """The warm-up in updates (W in formulas); may be fractional. The same at every batch size by default."""
         return float(self._warmup_steps)
 
     @property
     def total_steps(self) -> float | None:
-        """T, the run in updates, may be fractional; None without `epochs`."""
+        """The length of the run in updates (T in formulas); may be fractional. None without `epochs`."""
         return None if self.epochs is None else float(self._clock.update(exact(self.epochs)))
 
     @property
     def since(self) -> int:
-        """The update at which the batch last changed; 0 where it never did."""
+        """The update at which the batch last changed; 0 if it never did."""
         return self.earlier[-1].end if self.earlier else 0
 
     def epoch(self, t: int) -> float:
@@ -188,7 +190,7 @@ class LEGW(Schedule):
         return replace(self, batch_size=batch_size, steps_per_epoch=steps_per_epoch, earlier=self.earlier[:i])
 
     def has_batch(self, batch_size: int, steps_per_epoch: float | None = None) -> bool:
-        """Whether updates are made at this batch now."""
+        """Whether this is the current batch."""
         batch_size = count("batch_size", batch_size)
         steps = (
             self.dataset_size / batch_size if steps_per_epoch is None else number("steps_per_epoch", steps_per_epoch)
@@ -196,16 +198,17 @@ class LEGW(Schedule):
         return (batch_size, steps) == (self.batch_size, self.steps_per_epoch)
 
     def change_batch_size(self, t: int, batch_size: int, *, steps_per_epoch: float | None = None) -> LEGW:
-        """This run, going on at another batch size after t updates.
+        """The schedule of this run if it continues at another batch size after t updates.
 
-        The warm-up goes on by updates: its length W is the same at every batch. The decay goes on by epochs, from where
-        it is; from t on an update is batch_size / dataset_size of one, or 1 / steps_per_epoch. The peak LR becomes the
-        batch's. Up to t the LR stays what it was. `optimizer.set_batch_size` does this to a running optimizer.
+        The warm-up continues by updates: its length in updates is the same at every batch size. The decay continues by
+        epochs, from where it is: after t an update is batch_size / dataset_size of an epoch, or 1 / steps_per_epoch.
+        The peak LR becomes that of the new batch. The LR of earlier updates does not change.
+        `optimizer.set_batch_size` does this to a running optimizer.
 
         Args:
             t: updates made so far, no fewer than at an earlier change.
-            batch_size: the global batch of the updates that follow.
-            steps_per_epoch: as of the class.
+            batch_size: the global batch of the updates that follow, in samples.
+            steps_per_epoch: updates per epoch at that batch; by default dataset_size / batch_size.
 
         Raises:
             ValueError: naming the argument and its value; also where the run would now end inside its warm-up.
@@ -221,20 +224,29 @@ class LEGW(Schedule):
         t = count("t", t, zero=True)
         if t < self.since:
             fail("t", t, f"at least {self.since}, where the batch size last changed")
-        # A batch that made no update leaves no trace.
+        # A batch size at which no update was made is not recorded.
         stretch = (Stretch(t, self.batch_size, self.steps_per_epoch),) if t > self.since else ()
         values = dict[str, Any](batch_size=batch_size, steps_per_epoch=steps_per_epoch)
         return replace(self, **values, earlier=(*self.earlier, *stretch))
 
     def with_batch_size(self, batch_size: int, *, steps_per_epoch: float | None = None) -> LEGW:
-        """The recipe at another batch from the start; steps_per_epoch belongs to a batch and is not carried over."""
+        """The recipe at another batch size from the start. steps_per_epoch is not carried over.
+
+        Raises:
+            ValueError: naming the argument and its value.
+        """
         values = dict[str, Any](batch_size=batch_size, steps_per_epoch=steps_per_epoch)
         return replace(self, **values, earlier=())
 
     def plot(self, ax: Any = None, **line: Any) -> Any:
-        """Draw LR against epochs with matplotlib (the extra `fused-legw[plot]`); returns the Axes.
+        """Draw the LR against epochs with matplotlib (the extra `fused-legw[plot]`).
 
-        ax: matplotlib Axes to draw on, else a new figure's. line: passed to `ax.plot`, for instance label or color.
+        Args:
+            ax: the matplotlib Axes to draw on; by default those of a new figure.
+            **line: passed to `ax.plot`, for instance label or color.
+
+        Returns:
+            The Axes.
         """
         if ax is None:
             import matplotlib.pyplot as plt
@@ -258,7 +270,11 @@ class LEGW(Schedule):
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> LEGW:
-        """The inverse of `to_dict`; a ValueError names what is not a schedule's."""
+        """The inverse of `to_dict`.
+
+        Raises:
+            ValueError: naming the entry that is missing or wrong.
+        """
         try:
             decay = dict(values["decay"])
             name = decay.pop("name")
@@ -266,4 +282,6 @@ class LEGW(Schedule):
                 fail("decay", name, f"one of {', '.join(DECAYS)}")
             return cls(**{**values, "decay": DECAYS[name](**decay)})
         except (TypeError, KeyError) as error:
-            raise ValueError(f"schedule must be what LEGW.to_dict() gives, got {values!r}: {error}") from error
+            raise ValueError(
+                f"schedule must be what LEGW.to_dict() gives, got {reprlib.repr(values)}: {error}"
+            ) from error
