@@ -1,1 +1,1 @@
-"""The optimizers."""
+"""The optimizer classes, their options and their state dicts."""

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 
 class MomentsSpec(OptimizerSpec):
-    """Two moments and a count of updates per tensor: what Adam, AdamP and LAMB have in common."""
+    """Two moments and a count of updates per tensor, shared by Adam, AdamP and LAMB."""
 
     states: tuple[str, ...] = ("exp_avg", "exp_avg_sq")
     counts_steps = True
@@ -50,7 +50,7 @@ class MomentsSpec(OptimizerSpec):
         return self.states
 
     def hyper(self, group: Group) -> AdamHyper:
-        """With decoupled weight decay."""
+        """The common hyper-parameters, with decoupled weight decay."""
         return AdamHyper(
             weight_decay=hyper_value(group["weight_decay"]),
             beta1=hyper_value(group["betas"][0]),
@@ -64,7 +64,7 @@ class MomentsSpec(OptimizerSpec):
 
 
 class AdamSpec(MomentsSpec):
-    """Adam's and AdamW's options: amsgrad, and where weight decay enters."""
+    """The state and options of Adam and AdamW: amsgrad, and where weight decay enters."""
 
     name = "adam"
     states = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq")
@@ -92,7 +92,7 @@ def fused_adam(
     params: list[Tensor], grads: list[Tensor], states: list[list[Tensor]],
     h: AdamHyper, lr: float, n: float, decay: float,
 ) -> None:  # fmt: skip
-    """ATen's n-th update; without bias correction if n is infinite. decay: instead of h's."""
+    """ATen's n-th Adam update; an infinite n means no bias correction. decay: replaces h's weight decay."""
     step = fused_adamw_ if h.decoupled else fused_adam_
     step(
         params,
@@ -115,25 +115,26 @@ class Adam(FusedOptimizer):
     """Drop-in for `torch.optim.Adam`: the same arguments, defaults and results, and `lr` may be a `LEGW` schedule.
 
     For a parameter w with gradient g at its n-th update: m = beta1 * m + (1 - beta1) * g; v = beta2 * v +
-    (1 - beta2) * g^2; w -= lr / (1 - beta1^n) * m / (sqrt(v / (1 - beta2^n)) + eps), as torch has it (Kingma and Ba
-    2015, Algorithm 1). n counts the updates of that parameter.
+    (1 - beta2) * g^2; w -= lr / (1 - beta1^n) * m / (sqrt(v / (1 - beta2^n)) + eps) (Kingma and Ba 2015, Algorithm 1,
+    in the form of torch.optim). Each parameter has its own n.
 
     Args:
         params: parameters, named parameters, or param groups, each of which may set any of the options below.
-        lr: a number, a 1-element tensor (driven by torch's LR schedulers as usual), or a schedule: `LEGW` or
-            `AutoWU`.
+        lr: a number, a 1-element tensor (torch's LR schedulers may drive either), or a schedule, `LEGW` or `AutoWU`.
         betas, eps, weight_decay, amsgrad, maximize, decoupled_weight_decay: as in torch.optim.Adam.
-        max_grad_norm: clip the gradients' global L2 norm at this, over all groups, dtypes and devices; None: do not.
-            As torch.nn.utils.clip_grad_norm_, but without writing gradients. Each group may set its own.
-        skip_nonfinite: True: a step with a gradient that is not finite changes and counts nothing.
+        max_grad_norm: clip the gradients' global L2 norm at this, over all groups, dtypes and devices; None: never.
+            The result is that of torch.nn.utils.clip_grad_norm_, but gradients are not written. Each group may set it.
+        skip_nonfinite: True: skip a step if a gradient is not finite. It changes nothing and does not count.
         backend: "triton", "aten", or None for Triton on GPUs and ATen elsewhere.
         flatten: True: parameters live in one flat buffer per device and dtype. False: they stay where they are.
         master_weights: True: keep float32 masters of float16 and bfloat16 parameters. State is float32 either way.
         tile: elements that a Triton program updates at a time, a power of two, 16 or more. State is padded to it.
-        foreach, fused, capturable: accepted and ignored, but not both of the first. differentiable: must be False.
+        foreach, fused: accepted and ignored; not both may be True.
+        capturable: ignored, but with foreach=True a tensor lr or betas need it, as in torch.
+        differentiable: must be False.
 
     Raises:
-        ValueError, TypeError: naming the argument or parameter and its value, before anything has changed.
+        ValueError, TypeError: naming the argument or parameter and its value; nothing has changed.
 
     >>> import torch
     >>> from fused_legw import Adam
@@ -183,27 +184,29 @@ class Adam(FusedOptimizer):
 
 
 class AdamW(Adam):
-    """Drop-in for `torch.optim.AdamW`: `Adam` with w *= 1 - lr * weight_decay before the update, and not in g.
+    """Drop-in for `torch.optim.AdamW`: `Adam` with decoupled weight decay, and `lr` may be a `LEGW` schedule.
 
-    The default weight_decay is torch.optim.AdamW's (Loshchilov and Hutter 2019).
+    Before the update w *= 1 - lr * weight_decay; the gradient has no decay (Loshchilov and Hutter 2019). The default
+    weight_decay is that of torch.optim.AdamW.
 
     Args:
         params: parameters, named parameters, or param groups, each of which may set any of the options below.
-        lr: a number, a 1-element tensor (driven by torch's LR schedulers as usual), or a schedule: `LEGW` or
-            `AutoWU`.
+        lr: a number, a 1-element tensor (torch's LR schedulers may drive either), or a schedule, `LEGW` or `AutoWU`.
         betas, eps, weight_decay, amsgrad, maximize: as in torch.optim.AdamW.
-        decoupled_weight_decay: False for `Adam`'s weight decay.
-        max_grad_norm: clip the gradients' global L2 norm at this, over all groups, dtypes and devices; None: do not.
-            As torch.nn.utils.clip_grad_norm_, but without writing gradients. Each group may set its own.
-        skip_nonfinite: True: a step with a gradient that is not finite changes and counts nothing.
+        decoupled_weight_decay: False: weight decay in the gradient, as in `Adam`.
+        max_grad_norm: clip the gradients' global L2 norm at this, over all groups, dtypes and devices; None: never.
+            The result is that of torch.nn.utils.clip_grad_norm_, but gradients are not written. Each group may set it.
+        skip_nonfinite: True: skip a step if a gradient is not finite. It changes nothing and does not count.
         backend: "triton", "aten", or None for Triton on GPUs and ATen elsewhere.
         flatten: True: parameters live in one flat buffer per device and dtype. False: they stay where they are.
         master_weights: True: keep float32 masters of float16 and bfloat16 parameters. State is float32 either way.
         tile: elements that a Triton program updates at a time, a power of two, 16 or more. State is padded to it.
-        foreach, fused, capturable: accepted and ignored, but not both of the first. differentiable: must be False.
+        foreach, fused: accepted and ignored; not both may be True.
+        capturable: ignored, but with foreach=True a tensor lr or betas need it, as in torch.
+        differentiable: must be False.
 
     Raises:
-        ValueError, TypeError: naming the argument or parameter and its value, before anything has changed.
+        ValueError, TypeError: naming the argument or parameter and its value; nothing has changed.
 
     >>> import torch
     >>> from fused_legw import AdamW

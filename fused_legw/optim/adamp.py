@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 
 class AdamPSpec(MomentsSpec):
-    """Adam's moments, with a projection of the update."""
+    """Adam's moments and the options of AdamP's projection."""
 
     name = "adamp"
     projects = True
@@ -36,7 +36,7 @@ class AdamPSpec(MomentsSpec):
         check_number("wd_ratio", group["wd_ratio"])
 
     def needs_clipped(self, group: Group) -> bool:
-        return True  # the update that is projected is of clipped gradients
+        return True  # the projected update must come from clipped gradients
 
     def hyper(self, group: Group) -> AdamHyper:
         delta, wd_ratio = hyper_value(group["delta"]), hyper_value(group["wd_ratio"])
@@ -66,7 +66,7 @@ def adamp_step(batch: AtenBatch, h: AdamHyper, lr: float) -> None:
 
 
 def _project(p: Tensor, g: Tensor, u: Tensor, h: AdamHyper) -> float:
-    """Take the weight's direction out of the update, where the gradient is tangent to it; the factor of the decay."""
+    """Project u off the weight, in place, if the gradient is tangent to it. Returns the factor on weight decay."""
     if p.ndim < 2 or p.numel() == 0:
         return 1.0
     w, g, rows = (x.as_strided((len(p), p.numel() // len(p)), (p.numel() // len(p), 1)) for x in (p, g, u))
@@ -80,35 +80,35 @@ def _project(p: Tensor, g: Tensor, u: Tensor, h: AdamHyper) -> float:
 
 
 class AdamP(FusedOptimizer):
-    """AdamP: Adam whose update is projected off the weight where the weight looks scale-invariant.
+    """AdamP: Adam whose update is projected off the weight if the weight seems to be scale-invariant.
 
-    With Adam's bias-corrected moments m' and v' of a tensor, which count its own updates: u = m' / (sqrt(v') + eps).
-    A tensor of more than one dimension is seen by rows, a row w_i for each index of its first dimension, and then as
-    one row. Where in such a view |cos(g_i, w_i)| < delta / sqrt(length of a row) for every row, the gradient is taken
-    for tangent: u_i -= n_i * <n_i, u_i> with n_i = w_i / (|w_i| + eps), and weight decay is multiplied by wd_ratio;
-    the first view that is so counts. Then w *= 1 - lr * weight_decay and w -= lr * u (Heo et al. 2021, arXiv
-    2006.08217, Algorithm 2 and equation 12; details as in the authors' package `adamp`). The cosine is that of the
-    clipped gradient, its norms at least eps.
+    Let m' and v' be Adam's bias-corrected moments of a tensor, and u = m' / (sqrt(v') + eps). A tensor of two or more
+    dimensions is viewed by rows, one row w_i for each index of its first dimension, and then as a single row. If
+    |cos(g_i, w_i)| < delta / sqrt(row length) for every row of a view, the gradient counts as tangent to the weight:
+    then u_i -= n_i * <n_i, u_i>, where n_i = w_i / (|w_i| + eps), and weight decay is multiplied by wd_ratio. Only the
+    first such view is used. Finally w *= 1 - lr * weight_decay and w -= lr * u (Heo et al. 2021, arXiv 2006.08217,
+    Algorithm 2 and equation 12; details as in the authors' package `adamp`). The cosine is taken of clipped gradients,
+    with norms of at least eps.
 
     Args:
-        params: parameters, named parameters, or param groups, each of which may set any of the options below. Of
-            those of more than one dimension, the slices along the first must be contiguous, as in channels_last.
+        params: parameters, named parameters, or param groups, each of which may set any of the options below. In
+            a tensor of two or more dimensions the slices along the first must be contiguous, as in channels_last.
         lr: a number, a 1-element tensor, or a schedule: `LEGW` or `AutoWU`.
         betas, eps, maximize: as in torch.optim.Adam.
-        weight_decay: decoupled, as in torch.optim.AdamW.
-        delta: what the cosine is compared with; 0 for no projection.
-        wd_ratio: what weight decay of a projected tensor is multiplied by.
-        nesterov: u of beta1 * m' + (1 - beta1) * g / (1 - beta1^n) instead of m'.
-        max_grad_norm: clip the gradients' global L2 norm at this, over all groups, dtypes and devices; None: do not.
-            As torch.nn.utils.clip_grad_norm_, but without writing gradients. Each group may set its own.
-        skip_nonfinite: True: a step with a gradient that is not finite changes and counts nothing.
+        weight_decay: decoupled weight decay, as in torch.optim.AdamW.
+        delta: the threshold of the cosine; 0 for no projection.
+        wd_ratio: the factor on the weight decay of a projected tensor.
+        nesterov: True: beta1 * m' + (1 - beta1) * g / (1 - beta1^n) takes the place of m', at the n-th update.
+        max_grad_norm: clip the gradients' global L2 norm at this, over all groups, dtypes and devices; None: never.
+            The result is that of torch.nn.utils.clip_grad_norm_, but gradients are not written. Each group may set it.
+        skip_nonfinite: True: skip a step if a gradient is not finite. It changes nothing and does not count.
         backend: "triton", "aten", or None for Triton on GPUs and ATen elsewhere.
         flatten: True: parameters live in one flat buffer per device and dtype. False: they stay where they are.
         master_weights: True: keep float32 masters of float16 and bfloat16 parameters. State is float32 either way.
         tile: elements that a Triton program updates at a time, a power of two, 16 or more. State is padded to it.
 
     Raises:
-        ValueError, TypeError: naming the argument or parameter and its value, before anything has changed.
+        ValueError, TypeError: naming the argument or parameter and its value; nothing has changed.
 
     >>> import torch
     >>> from fused_legw import AdamP

@@ -1,4 +1,4 @@
-"""What every fused optimizer shares: torch.optim's contract over flat buffers, and the LEGW schedule."""
+"""The base class of the fused optimizers: torch.optim's contract over flat buffers, and the LEGW schedule."""
 
 from __future__ import annotations
 
@@ -34,22 +34,22 @@ class CommonOptions(TypedDict, total=False):
 
 
 class FusedOptimizer(StepReports, torch.optim.Optimizer):
-    """Base of the fused optimizers: what every one of them does beside its own update.
+    """Base class of the fused optimizers: everything but the update itself.
 
     A group that follows a schedule holds it in `param_groups[i]["schedule"]`, where it can be replaced. The group's
-    "lr" and "steps_applied" show the LR of the last step and the updates that the host knows of, which on a GPU include
-    skipped ones. An "lr_scale" in the group, a finite number, zero or more, multiplies the schedule's LR.
+    "lr" shows the LR of the last step. Its "steps_applied" shows the updates that the host knows of; on a GPU these
+    include skipped steps. The group's "lr_scale", a finite number, zero or more, multiplies the schedule's LR.
 
     Do not assign "lr" in a group that follows a schedule: the next step raises. One exception, for
     torch.distributed.checkpoint: it sets "lr" to 0 and steps to create optimizer state. Such a step allocates state and
     changes no weight. If every scheduled group is at 0, the step is not counted.
 
-    torch.amp.GradScaler hands its scale and its inf check to `step` through the attributes grad_scale and found_inf.
+    torch.amp.GradScaler passes its scale and its inf check to `step` in the attributes grad_scale and found_inf.
 
     Args:
         params: parameters, named parameters, or param groups.
-        defaults: the options of a group that sets none.
-        skip_nonfinite: True: a step with a gradient that is not finite changes and counts nothing.
+        defaults: the options of groups that do not set them.
+        skip_nonfinite: True: skip a step if a gradient is not finite. It changes nothing and does not count.
         backend: "triton", "aten", or None for Triton on GPUs and ATen elsewhere.
         flatten: True: parameters live in one flat buffer per device and dtype. False: they stay where they are.
         master_weights: True: keep float32 masters of float16 and bfloat16 parameters. State is float32 either way.
@@ -59,7 +59,7 @@ class FusedOptimizer(StepReports, torch.optim.Optimizer):
 
     _spec: OptimizerSpec
     _step_supports_amp_scaling = True
-    _finds_nonfinite = False  # set by our GradScaler for one step
+    _finds_nonfinite = False  # our GradScaler sets it for one step
 
     def __init__(
         self,
@@ -79,7 +79,7 @@ class FusedOptimizer(StepReports, torch.optim.Optimizer):
         for name, flag in {**options, "skip_nonfinite": skip_nonfinite}.items():
             checks.check_flag(name, flag)
         if carry_norms and not self._spec.carries:
-            raise TypeError(f"carry_norms=True: {type(self).__name__} has no norms to carry over, LARS does")
+            raise TypeError(f"carry_norms=True: {type(self).__name__} has no norms to carry over, only LARS has")
         defaults = {**defaults, "schedule": None}
         self._check_made(dict(defaults))
         self._options: dict[str, Any] = {"backend": backend, **options, "tile": tile}
@@ -87,10 +87,10 @@ class FusedOptimizer(StepReports, torch.optim.Optimizer):
         self._layout: Layout | None = None
         self._engine: Engine | None = None
         self._shown = ShownLR()
-        self._host_steps = 0  # what the host knows of steps_applied without asking a device
-        self._steps_given = False
+        self._host_steps = 0  # steps_applied as far as the host knows without reading a device
+        self._steps_given = False  # whether the user has set steps_applied
         self._checked = CheckedOptions(self._spec, defaults)
-        self._clips = -1, False  # whether any group clips, and the generation of options that this is of
+        self._clips = -1, False  # the options' generation, and whether any group clips in it
         super().__init__(params, defaults)
         self.register_state_dict_post_hook(checkpoint.pack)  # type: ignore[arg-type]
         self._adopt()
@@ -98,9 +98,10 @@ class FusedOptimizer(StepReports, torch.optim.Optimizer):
     # Param groups and the learning rate
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """As in torch.optim; the group's `lr` may be a LEGW schedule of its own.
+        """As in torch.optim; the group's `lr` may be a schedule of its own.
 
-        Raises ValueError, TypeError or RuntimeError, before anything changes, as the constructor does.
+        Raises:
+            ValueError, TypeError, RuntimeError: as in the constructor; nothing has changed.
         """
         super().add_param_group(param_group)
         group = self.param_groups[-1]
@@ -118,7 +119,7 @@ class FusedOptimizer(StepReports, torch.optim.Optimizer):
             self._adopt()
 
     def _check_made(self, group: Group) -> None:
-        """Refuse the options of a group that is being made; a schedule given as its LR goes where it belongs."""
+        """Check the options of a new group, and move a schedule from its "lr" to its "schedule"."""
         if isinstance(group["lr"], Schedule):
             group["schedule"], group["lr"] = group["lr"], 0.0
         self._spec.check(group)
@@ -126,7 +127,11 @@ class FusedOptimizer(StepReports, torch.optim.Optimizer):
 
     @property
     def steps_applied(self) -> int:
-        """Updates applied so far, the schedule's t for the next one. Reads the device; can be set."""
+        """Updates applied so far: the schedule's t for the next update. Reads the device; can be set.
+
+        Raises:
+            ValueError: set to no integer, zero or more, or to an update before the last batch change.
+        """
         devices = self._engine.devices if self._engine else []
         return int(devices[0].step_counts[0]) if devices else self._host_steps
 
@@ -140,19 +145,19 @@ class FusedOptimizer(StepReports, torch.optim.Optimizer):
         self._shown.show(self.param_groups, value)
 
     def set_batch_size(self, batch_size: int, *, steps_per_epoch: float | None = None) -> None:
-        """Go on at another batch size, in every group that follows a schedule: see `LEGW.change_batch_size`.
+        """Continue at another batch size, in every group with a schedule: see `LEGW.change_batch_size`.
 
-        The warm-up goes on by updates and so never restarts, the decay by epochs, and the peak LR becomes the batch's.
-        `param_groups[i]["schedule"]` and state dicts show it. Nothing is compiled or captured again: captured CUDA
-        graphs follow after `upload_param_groups()`, as with every change to groups. Reads the device, unless this is
-        the batch already.
+        The warm-up continues by updates and never restarts. The decay continues by epochs. The peak LR becomes that of
+        the new batch. Nothing is compiled or captured again, but captured CUDA graphs need `upload_param_groups()`.
+        Reads the device, unless this is the current batch.
 
         Args:
-            batch_size: the global, effective batch of the updates that follow.
-            steps_per_epoch: updates per epoch at that batch, as of `LEGW`.
+            batch_size: the global batch of the updates that follow, in samples.
+            steps_per_epoch: updates per epoch at that batch, as in `LEGW`.
 
-        Raises ValueError, before anything changes, for a batch size that the schedule refuses, and where no group
-        follows a schedule; RuntimeError during a graph capture.
+        Raises:
+            ValueError: the schedule refuses the batch size, or no group has a schedule; nothing has changed.
+            RuntimeError: the call is inside a graph capture.
 
         >>> import torch
         >>> from fused_legw import LEGW, SGD
@@ -165,10 +170,12 @@ class FusedOptimizer(StepReports, torch.optim.Optimizer):
         batch_size = count("batch_size", batch_size)
         scheduled = [group for group in self.param_groups if group["schedule"] is not None]
         if not scheduled:
-            raise ValueError(f"batch_size={batch_size}: no param group follows a schedule that could move to it")
+            raise ValueError(
+                f"batch_size={batch_size}: no param group follows a schedule, set param_groups[i]['schedule']"
+            )
         if self._engine is not None and self._engine.capturing:
             raise RuntimeError(f"set_batch_size({batch_size}) was called in a graph capture: call it outside")
-        # By identity: groups that share a schedule go on sharing one.
+        # Keyed by identity, so that groups that share a schedule share the new one.
         schedules: dict[int, Schedule] = {id(group["schedule"]): group["schedule"] for group in scheduled}
         changing = {key: s for key, s in schedules.items() if not s.has_batch(batch_size, steps_per_epoch)}
         if not changing:
@@ -186,24 +193,20 @@ class FusedOptimizer(StepReports, torch.optim.Optimizer):
             self._layout.follow()
 
     def get_last_lr(self) -> list[float]:
-        """Each group's LR at the last applied update, exactly (before any: at the first). Reads the device.
-
-        A group whose "lr" someone wrote 0 to did not take part in it.
-        """
+        """Each group's exact LR at the last applied update; before any, at the first. Reads the device."""
         t = max(self.steps_applied - 1, 0)
         return [group_lr(group, t) for group in self.param_groups]
 
     def _check_groups(self) -> set[int]:
-        """Refuse hyper-parameters that cannot be used; return the LEGW groups whose shown LR was overwritten by 0.
+        """Check the groups' options. Returns the scheduled groups whose "lr" was set to 0.
 
-        torch.distributed.checkpoint writes 0 to bring an optimizer's state into being: state is made for such groups,
-        nothing moves or advances.
+        torch.distributed.checkpoint does that to create optimizer state: such groups get state and do not move.
         """
         self._checked.check(self.param_groups)
         scheduler, frozen = has_scheduler(self.step), set[int]()
         for i, group in enumerate(self.param_groups):
             lr = group["lr"]
-            if not (type(lr) is float and math.isfinite(lr)):  # at every step, so without a call where it is one
+            if not (type(lr) is float and math.isfinite(lr)):  # saves a call at every step
                 check_written_lr(f"param_groups[{i}]", lr)
             if scheduler and group["schedule"] is not None:
                 raise RuntimeError(
@@ -224,7 +227,7 @@ class FusedOptimizer(StepReports, torch.optim.Optimizer):
     @torch.inference_mode(False)
     @torch.no_grad()
     def _adopt(self, steps_applied: int | None = None) -> None:
-        """(Re)build the flat buffers from the parameters and `self.state` as they are now."""
+        """(Re)build the flat buffers from the current parameters and `self.state`."""
         options = dict(self._options)
         backends = check_params(self._spec, self.param_groups, self.state, options.pop("backend"))
         steps = self.steps_applied if steps_applied is None else steps_applied
@@ -239,14 +242,14 @@ class FusedOptimizer(StepReports, torch.optim.Optimizer):
 
     @torch.no_grad()
     def unflatten(self) -> None:
-        """Give every parameter a storage of its own again; state stays flat, and later steps work as before."""
+        """Give every parameter a storage of its own. State stays flat, and later steps work as before."""
         self._options["flatten"] = False
         if self._layout is not None:
             self._layout.unflatten()
 
     @property
     def backend(self) -> str:
-        """What runs the step: "triton", "aten", or both joined by "+" where devices differ."""
+        """The backend that runs steps: "triton", "aten", or "aten+triton" where devices differ."""
         devices = self._engine.devices if self._engine else []
         return "+".join(sorted({device.name for device in devices}))
 
@@ -255,11 +258,12 @@ class FusedOptimizer(StepReports, torch.optim.Optimizer):
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """One update of every parameter that has a gradient; returns the closure's loss, if one is given.
+        """Update every parameter that has a gradient. Returns the closure's loss, if there is a closure.
 
-        Raises, before anything changes: TypeError or RuntimeError for a gradient that cannot be used (sparse, complex);
-        RuntimeError for a LEGW group whose `lr` was written or is driven by a torch LR scheduler; TypeError or
-        ValueError for an option written to a group that would be refused where a group is made.
+        Raises:
+            TypeError, RuntimeError: a gradient cannot be used, because it is sparse or complex, for instance.
+            RuntimeError: a group with a schedule has an `lr` that other code or a torch LR scheduler wrote.
+            TypeError, ValueError: an option written to a group is not valid. In all cases nothing has changed.
         """
         loss = None
         if closure is not None:
@@ -272,7 +276,7 @@ class FusedOptimizer(StepReports, torch.optim.Optimizer):
         return loss
 
     def _read_gradients(self, frozen: set[int]) -> GradientSet:
-        """The gradients that this step uses; errors for those that cannot be used."""
+        """The gradients that this step uses. Raises for one that cannot be used."""
         found = self._current_layout().gradients.read(frozen, self._checked.generation)
         if found is None:
             for name, p, _ in named_params(self.param_groups):
@@ -283,7 +287,7 @@ class FusedOptimizer(StepReports, torch.optim.Optimizer):
         return found
 
     def _current_layout(self, *, thorough: bool = False) -> Layout:
-        """The flat buffers, rebuilt if anything is not what or where it was."""
+        """The flat buffers, rebuilt if parameters, state or schedules were replaced or moved."""
         assert self._layout is not None
         if self._layout.stale(self.param_groups, self.state, thorough=thorough):
             capture.refuse(self._layout.devices, "a parameter, its state or a schedule was replaced")
@@ -308,7 +312,7 @@ class FusedOptimizer(StepReports, torch.optim.Optimizer):
             self._shown.show(self.param_groups, self._host_steps)
 
     def _find_nonfinite(self) -> dict[torch.device, Tensor]:
-        """Make the next step skip itself if a gradient is not finite; the tensors that will say so, by device."""
+        """Make the next step skip itself if a gradient is not finite. Returns the flag that it writes, per device."""
         self._current_layout()
         assert self._engine is not None
         devices = self._engine.devices
@@ -317,10 +321,12 @@ class FusedOptimizer(StepReports, torch.optim.Optimizer):
 
     @torch.no_grad()
     def upload_param_groups(self) -> None:
-        """Let captured CUDA graphs see values that changed in param_groups: LR, weight decay, momentum, betas, ...
+        """Pass changed values in param_groups to captured CUDA graphs: LR, weight decay, momentum, betas, ...
 
-        Replays read them from a table on the device that eager steps write; this writes it without a step. What a
-        graph cannot follow is refused: another schedule, other parameters, a state that did not exist.
+        Replays read them from a table on the device. Eager steps write it, and so does this method, without a step.
+
+        Raises:
+            RuntimeError: a graph cannot follow the change: another schedule, other parameters, or new state.
         """
         assert self._layout is not None and self._engine is not None
         self._check_groups()
@@ -329,7 +335,7 @@ class FusedOptimizer(StepReports, torch.optim.Optimizer):
         self._engine.write_groups(self.param_groups)
 
     def weights_changed(self) -> None:
-        """Tell LARS with carry_norms=True that weights were changed in a way that it cannot see; see there."""
+        """Tell LARS with carry_norms=True that weights changed in a way that it cannot notice: see `LARS`."""
         if self._engine is not None:
             self._engine.weights_changed()
 
@@ -344,16 +350,18 @@ class FusedOptimizer(StepReports, torch.optim.Optimizer):
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """As in torch.optim, and from torch.optim's own dicts; a group's schedule and `steps_applied` come with it.
+        """As in torch.optim. Also takes state dicts of torch.optim.
 
-        As with every hyper-parameter, what the dict says replaces what the optimizer was made with; to go on with
-        another schedule, set `param_groups[i]["schedule"]` after loading. A dict without one leaves the optimizer's.
+        The dict's schedule and `steps_applied` replace those of the optimizer, like every hyper-parameter. If the dict
+        has no schedule, the optimizer keeps its own. To change the schedule, set `param_groups[i]["schedule"]`
+        afterwards.
 
-        Raises ValueError, before anything changes, for a dict without `steps_applied` where a group follows LEGW (set
-        `optimizer.steps_applied` first), and for state of the wrong shape; ValueError or TypeError for other options
-        than a group can be made with.
+        Raises:
+            ValueError: state has the wrong shape; or the dict has no `steps_applied` although a group follows a
+                schedule: set `optimizer.steps_applied` first. Nothing has changed.
+            ValueError, TypeError: an option is not valid; nothing has changed.
         """
-        # The last of the hooks, after the user's.
+        # Registered here, so that it runs after the user's hooks.
         hook = self.register_load_state_dict_pre_hook(checkpoint.unpack)  # type: ignore[arg-type]
         try:
             super().load_state_dict(state_dict)
@@ -364,7 +372,7 @@ class FusedOptimizer(StepReports, torch.optim.Optimizer):
         return checkpoint.pickled(self, super().__getstate__())
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        """Called by load_state_dict with state and param_groups, by copying and unpickling with everything."""
+        """load_state_dict calls this with state and param_groups; copying and unpickling, with everything."""
         state = dict(state)
         copied = "_options" in state
         steps_applied = checkpoint.steps_applied_of(state)

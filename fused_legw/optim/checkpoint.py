@@ -1,7 +1,7 @@
 """State dicts: torch.optim's, with the schedule and the count of applied updates in every param group.
 
-A state dict holds tensors and primitives only, its tensors have storages of their own (a view would drag its whole flat
-buffer into the file), and loading keeps float32 state beside low-precision parameters, which torch would round.
+A state dict holds tensors and primitives only. Its tensors have storages of their own: a view would drag its whole flat
+buffer into the file. Loading keeps float32 state of low-precision parameters, which torch would round.
 """
 
 from __future__ import annotations
@@ -24,13 +24,13 @@ StateDict = dict[str, Any]
 
 @dataclass(frozen=True)
 class _Kept:
-    """A tensor that torch's load_state_dict is not to cast to its parameter's dtype."""
+    """Hides a tensor from torch's load_state_dict, which would cast it to its parameter's dtype."""
 
     tensor: Tensor
 
 
 def own_storages(values: dict[str, Any]) -> dict[str, Any]:
-    """One parameter's state, its tensors copied out of the flat buffers; "step" on the CPU, where torch keeps it."""
+    """One parameter's state with its tensors copied out of the flat buffers, and "step" on the CPU, as in torch."""
     own = {name: value.detach().clone() if isinstance(value, Tensor) else value for name, value in values.items()}
     if isinstance(own.get(STEP), Tensor):
         own[STEP] = own[STEP].cpu()
@@ -38,11 +38,11 @@ def own_storages(values: dict[str, Any]) -> dict[str, Any]:
 
 
 def pack(optimizer: Any, state_dict: StateDict) -> StateDict:
-    """torch's state dict of a fused optimizer, made fit to be stored. Runs before the user's hooks."""
+    """Turn torch's state dict of a fused optimizer into one to store. Runs before the user's hooks."""
     groups = [
         {**group, "schedule": group["schedule"] and group["schedule"].to_dict()} for group in state_dict["param_groups"]
     ]
-    # State of a tensor that no step has updated yet, because its first was skipped on the device, is none.
+    # Leave out state that was allocated but never updated, because the first step was skipped on the device.
     fresh = optimizer._layout.views.fresh(include_requested=False) if optimizer._layout else set()
     params = [p for group in optimizer.param_groups for p in group["params"]]
     state = {
@@ -54,15 +54,15 @@ def pack(optimizer: Any, state_dict: StateDict) -> StateDict:
 
 
 def unpack(optimizer: Any, state_dict: StateDict) -> StateDict:
-    """A state dict, ours or torch.optim's, made fit for torch's load_state_dict; raises before anything changes."""
+    """Turn a state dict, ours or torch.optim's, into one for torch's load_state_dict. Raises before any change."""
     groups = [dict(group) for group in state_dict["param_groups"]]
-    made = dict[str, Schedule]()  # groups that shared a schedule go on sharing one
+    made = dict[str, Schedule]()  # so that groups that shared a schedule share one again
     for i, (group, live) in enumerate(zip(groups, optimizer.param_groups, strict=False)):
         label = f"the state dict's param_groups[{i}]"
         for name, default in optimizer.defaults.items():
             group.setdefault(name, live.get(name, default))
         with naming(label):
-            if group["schedule"] is None:  # torch.optim's, or of a run without: the optimizer keeps its own
+            if group["schedule"] is None:  # from torch.optim, or a run without a schedule
                 group["schedule"] = live["schedule"]
             elif not isinstance(group["schedule"], Schedule):
                 values = group["schedule"]
@@ -89,7 +89,7 @@ def unpack(optimizer: Any, state_dict: StateDict) -> StateDict:
 
 
 def _schedule(values: Any) -> Schedule:
-    """What `to_dict` gave."""
+    """The inverse of `Schedule.to_dict`."""
     kind = AutoWU if isinstance(values, dict) and values.get("name") == "AutoWU" else LEGW
     return kind.from_dict(values)
 
@@ -102,17 +102,17 @@ def _check_steps(optimizer: Any, groups: list[dict[str, Any]]) -> None:
     if given is None:
         if any(group["schedule"] is not None for group in groups) and not optimizer._steps_given:
             raise ValueError(
-                "the state dict has no 'steps_applied', so its place in the LEGW schedule is unknown: "
+                "the state dict has no 'steps_applied', so its place in the schedule is unknown: "
                 "set optimizer.steps_applied to the number of updates made so far, then load it"
             )
     else:
         count("steps_applied", given, zero=True)
-    known = groups[: len(optimizer.param_groups)]  # more are for torch to refuse
+    known = groups[: len(optimizer.param_groups)]  # torch refuses more
     check_place(known, optimizer.steps_applied if given is None else given)
 
 
 def unbox(state: dict[Any, Any]) -> defaultdict[Any, dict[str, Any]]:
-    """Optimizer state as `unpack` and torch left it, with its tensors."""
+    """Undo `unpack`: put the tensors back into the state that torch has loaded."""
     return defaultdict(
         dict,
         {
@@ -123,7 +123,7 @@ def unbox(state: dict[Any, Any]) -> defaultdict[Any, dict[str, Any]]:
 
 
 def pickled(optimizer: Any, state: dict[str, Any]) -> dict[str, Any]:
-    """What copying and pickling keep of an optimizer. state: what torch's does."""
+    """The attributes that copies and pickles of an optimizer keep. state: torch's."""
     fresh = optimizer._layout.views.fresh() if optimizer._layout else set()
     return {
         **state,
@@ -135,7 +135,7 @@ def pickled(optimizer: Any, state: dict[str, Any]) -> dict[str, Any]:
 
 
 def steps_applied_of(state: dict[str, Any]) -> int | None:
-    """The place in the schedule that copied, unpickled or loaded state comes with, taken out of it."""
+    """Take steps_applied out of copied, unpickled or loaded state; None if it has none."""
     given = [group.get("steps_applied") for group in state["param_groups"]]
-    place: int | None = state.pop("_steps_applied", given[0] if given else None)
-    return place
+    steps_applied: int | None = state.pop("_steps_applied", given[0] if given else None)
+    return steps_applied

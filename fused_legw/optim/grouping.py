@@ -1,4 +1,4 @@
-"""Param groups by what a parameter is: biases and normalisation parameters apart, and a table of what went where."""
+"""Splits a model's parameters into param groups: biases and normalisation parameters go apart."""
 
 from __future__ import annotations
 
@@ -12,28 +12,25 @@ from torch.nn.parameter import UninitializedParameter
 from ..checks import number
 from ..torch_private import NormBase
 
-# NormBase is that of every BatchNorm and InstanceNorm, lazy and synchronised ones included.
+# NormBase is the base of every BatchNorm and InstanceNorm, lazy and synchronised ones included.
 NORMALISATIONS = (NormBase, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm)
 EMBEDDINGS = (nn.Embedding, nn.EmbeddingBag)
 DECAYED, PLAIN, LEFT_OUT = "decayed", "plain", "left out"
 
 
 class Placement(NamedTuple):
-    """Where one parameter went: "decayed", "plain" (no decay, no adaptation) or "left out", and why."""
+    """Where one parameter went, and why."""
 
     name: str
     shape: tuple[int, ...]
-    kind: str
+    kind: str  # "decayed", "plain" (no decay, no adaptation) or "left out"
     reason: str
 
 
 class ParamGroups(list[dict[str, Any]]):
-    """A list of param groups that knows what went where: its `placements`, one per parameter, are what it prints.
+    """A list of param groups that prints as a table of its `placements`. They do not follow changes of the list."""
 
-    They tell what `param_groups` did, and do not follow later changes of the list.
-    """
-
-    placements: tuple[Placement, ...] = ()
+    placements: tuple[Placement, ...] = ()  # one per parameter
 
     def __repr__(self) -> str:
         names = max((len(placement.name) for placement in self.placements), default=0)
@@ -49,15 +46,15 @@ class ParamGroups(list[dict[str, Any]]):
 
 
 class _Owned(NamedTuple):
-    """A parameter, every name it has, and the modules that hold it under them: several where it is tied."""
+    """A parameter and the modules that hold it."""
 
     param: nn.Parameter
-    names: list[str]
-    owners: list[nn.Module]
+    names: list[str]  # several if the parameter is tied
+    owners: list[nn.Module]  # the module behind each name
 
 
 def _owned_parameters(module: nn.Module) -> list[_Owned]:
-    """In the order of `module.named_parameters()`."""
+    """The module's parameters, in the order of `module.named_parameters()`."""
     found: dict[nn.Parameter, _Owned] = {}
     for prefix, owner in module.named_modules(remove_duplicate=False):
         for leaf, p in owner.named_parameters(recurse=False, remove_duplicate=False):
@@ -68,19 +65,21 @@ def _owned_parameters(module: nn.Module) -> list[_Owned]:
 
 
 def _by_pattern(argument: str, patterns: str | Iterable[str], parameters: list[_Owned]) -> dict[nn.Parameter, str]:
-    """The parameters that a pattern names, each with the reason; a pattern that names none is an error."""
+    """The parameters that match a pattern, each with its reason. Raises for a pattern that matches none."""
     chosen: dict[nn.Parameter, str] = {}
     for pattern in (patterns,) if isinstance(patterns, str) else patterns:
         matched = [p for p, names, _ in parameters if any(fnmatchcase(name, pattern) for name in names)]
         if not matched:
-            raise ValueError(f"{argument}: the pattern {pattern!r} matches no parameter")
+            raise ValueError(
+                f"{argument}: the pattern {pattern!r} matches no parameter of {parameters[0].names[0]!r}, ..."
+            )
         for p in matched:
             chosen.setdefault(p, f"{argument} {pattern!r}")
     return chosen
 
 
-def _by_rule(owned: _Owned, decay_embeddings: bool) -> tuple[str, str]:
-    """(kind, reason) of a parameter that no pattern names."""
+def _by_default(owned: _Owned, decay_embeddings: bool) -> tuple[str, str]:
+    """(kind, reason) of a parameter that matches no pattern."""
     apart = NORMALISATIONS if decay_embeddings else (*NORMALISATIONS, *EMBEDDINGS)
     for name, owner in zip(owned.names, owned.owners, strict=True):
         if isinstance(owner, apart):
@@ -110,26 +109,29 @@ def param_groups(
     decay_embeddings: bool = True,
     keep_frozen: bool = True,
 ) -> ParamGroups:
-    """A module's parameters in two groups: decayed, and plain ones with `weight_decay=0.0` and `adapt=False`.
+    """Split a module's parameters into two groups: decayed, and plain with `weight_decay=0.0` and `adapt=False`.
 
-    Plain are the parameters of torch.nn's normalisation layers and their subclasses, biases (also those of more than
-    one dimension: "bias" is a word of the name), and all else of at most one dimension. LARS and LAMB give them a trust
-    ratio of 1 (You et al. 2017 and the MLPerf rules leave them out); any other optimizer of torch takes the groups too.
+    Plain are the parameters of torch.nn's normalisation layers, biases (names with the word "bias"), and all other
+    parameters of at most one dimension. LARS and LAMB give them trust ratio 1, as do You et al. 2017 and the MLPerf
+    rules. Every torch optimizer takes the groups.
 
     Args:
-        module: a parameter it holds under several names (tied weights) goes in once, under its first. It is plain if
-            it is so under any of them.
-        weight_decay: of the decayed group; None for the optimizer's own.
-        decay, no_decay: patterns of names, as `"*.pos_embed"`, matched against the whole name in the manner of
-            `fnmatch`; they come before every rule. What no_decay names is not adapted either.
+        module: the model. A tied parameter goes in once, under its first name; it is plain if any of its names makes
+            it so.
+        weight_decay: weight decay of the decayed group; None for the optimizer's.
+        decay, no_decay: patterns such as `"*.pos_embed"`, matched against whole names as by `fnmatch`. They override
+            the rules above. Parameters matched by no_decay are plain.
         decay_embeddings: False makes the parameters of Embedding and EmbeddingBag plain.
-        keep_frozen: parameters with requires_grad=False go in, as `module.parameters()` has them, so that they train
-            once thawed; they take optimizer state. False leaves them out.
+        keep_frozen: True: parameters with requires_grad=False go in too, and train once they are thawed. False leaves
+            them out.
 
-    Returns a list of param groups with names, which prints as a table of what went where and why.
+    Returns:
+        A list of param groups with names. It prints as a table of where each parameter went and why.
 
-    Raises ValueError: for a pattern that matches nothing, a parameter that both decay and no_decay match, a negative
-    weight decay, an uninitialized (lazy) parameter, a module without parameters. TypeError: for what is no module.
+    Raises:
+        ValueError: a pattern matches nothing; decay and no_decay match the same parameter; weight_decay is negative; a
+            parameter is uninitialized; the module has no parameters.
+        TypeError: module is not a torch.nn.Module.
 
     >>> from torch import nn
     >>> from fused_legw import SGD
@@ -169,7 +171,7 @@ def param_groups(
         elif p in decayed or p in plain:
             kind, reason = (DECAYED, decayed[p]) if p in decayed else (PLAIN, plain[p])
         else:
-            kind, reason = _by_rule(owned, decay_embeddings)
+            kind, reason = _by_default(owned, decay_embeddings)
         groups[kind]["params"].append((name, p))
         placements.append(Placement(name, tuple(p.shape), kind, reason))
     result = ParamGroups(groups[kind] for kind in (DECAYED, PLAIN) if groups[kind]["params"])

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 
 class LAMBSpec(MomentsSpec):
-    """Adam's moments, with a trust ratio. A group's axes are its own where set, else its variant's."""
+    """Adam's moments and a trust ratio. Options that a group leaves at None come from its variant."""
 
     name = "lamb"
     adapts = two_stage = True
@@ -40,7 +40,7 @@ class LAMBSpec(MomentsSpec):
 
     def complete(self, group: Group) -> None:
         super().complete(group)
-        # External code, such as a weight-decay schedule, reads this as a number.
+        # Filled in, because other code, such as a weight-decay schedule, reads a number here.
         if group["weight_decay"] is None:
             group["weight_decay"] = variants.LAMB[group["variant"]]["weight_decay"]
 
@@ -83,7 +83,7 @@ def lamb_step(batch: AtenBatch, h: AdamHyper, lr: float) -> None:
 
 
 def _updates(batch: AtenBatch, h: AdamHyper, n: float) -> Joined:
-    """Advance the moments; what is then added to the weights, but for LR and ratio."""
+    """Advance the moments. Returns the updates without LR and trust ratio; they are to be added to the weights."""
     params, joined, grads, updates = batch.params, batch.joined, batch.gathered, batch.scratch
     assert grads is not None and updates is not None
     if batch.scale != 1:
@@ -97,7 +97,7 @@ def _updates(batch: AtenBatch, h: AdamHyper, n: float) -> Joined:
     else:
         for p, u in zip(params, updates.views, strict=True):
             torch.mul(p, -h.weight_decay, out=u)
-    # Adam at LR 1, of what is to be added instead of what it is added to.
+    # Adam at LR 1 on `updates` in place of the weights.
     fused_adam(updates.parts(batch.whole), grads.parts(batch.whole), batch.states, h, 1.0, n, 0.0)
     return updates
 
@@ -105,35 +105,36 @@ def _updates(batch: AtenBatch, h: AdamHyper, n: float) -> Joined:
 class LAMB(FusedOptimizer):
     """LAMB: Adam whose update of each tensor is scaled by a trust ratio.
 
-    The paper's: u = m' / (sqrt(v') + eps) + weight_decay * w with Adam's bias-corrected moments m' and v', which count
-    the updates of that tensor; w -= lr * |w| / |u| * u (You et al. 2019, arXiv 1904.00962, Algorithm 2). A zero norm
-    gives ratio 1. Norms are L2, in float32 or wider.
+    In the paper u = m' / (sqrt(v') + eps) + weight_decay * w, where m' and v' are Adam's bias-corrected moments of a
+    tensor w, and w -= lr * |w| / |u| * u (You et al. 2019, arXiv 1904.00962, Algorithm 2). The trust ratio |w| / |u|
+    is 1 if a norm is 0. Norms are L2, in float32 or wider.
 
-    On ATen it keeps memory for two copies of a batch: of 2^21 elements, or the largest tensor if that has more.
+    The ATen backend keeps two extra buffers of up to 2^21 elements each, or of the largest tensor if that is larger.
 
     Args:
         params: parameters, named parameters, or param groups, each of which may set any of the options below.
-        lr: a number, a 1-element tensor, or a schedule: `LEGW` or `AutoWU`.
+        lr: a number, a 1-element tensor, or a schedule, `LEGW` or `AutoWU`.
         betas, maximize: as in torch.optim.Adam.
-        variant: whose LAMB: "paper", "author-tf", "apex", "timm", "deepspeed", "optax". It sets what follows, None
-            leaving each as the variant has it, and max_grad_norm: 1.0 for "author-tf", "apex" and "timm", which
-            divide gradients by max(1, norm / max_grad_norm); math.inf turns that off.
+        variant: "paper", "author-tf", "apex", "timm", "deepspeed" or "optax". It gives a value to every option below
+            that is None.
         eps, weight_decay: 1e-6 and 0.01 in the paper.
-        bias_correction: True; False; or "step_size", DeepSpeed's: u of the raw moments, the LR corrected instead.
+        bias_correction: True; False; or "step_size", as in DeepSpeed: u of the raw moments, and a corrected LR.
         decoupled_weight_decay: False puts weight_decay * w into the gradient.
-        weight_norm_clamp, trust_clamp: (low, high) for |w| and for the ratio.
-        not_adapted: "nothing"; "no_decay": groups without weight decay get ratio 1.
-        adapt: False for ratio 1 in a group; its weight decay stays.
-        max_grad_norm: clip the gradients' global L2 norm at this, over all groups, dtypes and devices; None: do not.
-            Where the variant says so by LAMB's formula, else as torch.nn.utils.clip_grad_norm_. See variant.
-        skip_nonfinite: True: a step with a gradient that is not finite changes and counts nothing.
+        weight_norm_clamp, trust_clamp: (low, high) limits for |w| and for the trust ratio.
+        not_adapted: "nothing"; or "no_decay": groups without weight decay get trust ratio 1.
+        adapt: False: trust ratio 1 in this group; its weight decay stays.
+        max_grad_norm: clip the gradients' global L2 norm at this, over all groups, dtypes and devices. The
+            variants "author-tf", "apex" and "timm" have the default 1.0 and divide gradients by
+            max(1, norm / max_grad_norm); math.inf turns that off. The others do not clip unless it is set, and then
+            as torch.nn.utils.clip_grad_norm_ does.
+        skip_nonfinite: True: skip a step if a gradient is not finite. It changes nothing and does not count.
         backend: "triton", "aten", or None for Triton on GPUs and ATen elsewhere.
         flatten: True: parameters live in one flat buffer per device and dtype. False: they stay where they are.
         master_weights: True: keep float32 masters of float16 and bfloat16 parameters. State is float32 either way.
         tile: elements that a Triton program updates at a time, a power of two, 16 or more. State is padded to it.
 
     Raises:
-        ValueError, TypeError: naming the argument or parameter and its value, before anything has changed.
+        ValueError, TypeError: naming the argument or parameter and its value; nothing has changed.
 
     >>> import torch
     >>> from fused_legw import LAMB

@@ -18,10 +18,10 @@ from ..schedules.base import Schedule
 from ..spec import Group
 from ..torch_private import foreach_add
 from .base import CommonOptions, FusedOptimizer
+from .sgd import SGDSpec, fused_sgd
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
-from .sgd import SGDSpec, fused_sgd
 
 _FORMS = {
     "scaled": formulas.SCALED,
@@ -30,12 +30,12 @@ _FORMS = {
     "unscaled": formulas.UNSCALED,
     "popular": formulas.POPULAR,
 }
-_GRAIN = 32768  # elements: ATen's own limit for starting threads
+_GRAIN = 32768  # elements from which ATen starts threads
 _ZERO_NORMS = {"one": formulas.ONE, "denominator": formulas.BY_DENOMINATOR, "plain": formulas.PLAIN}
 
 
 class LARSSpec(SGDSpec):
-    """SGD's, with a trust ratio."""
+    """SGD's state and options, and a trust ratio. Options that a group leaves at None come from its variant."""
 
     name = "lars"
     adapts = carries = True
@@ -90,7 +90,7 @@ def lars_step(batch: AtenBatch, h: MomentumHyper, lr: float) -> None:
 
 
 def _norms_of_sums(batch: AtenBatch, h: MomentumHyper) -> list[float]:
-    """Norms of gradient plus decay; in the popular form, of the updates that they make."""
+    """Norms of gradient plus weight decay; in the "popular" form, norms of the updates made of these sums."""
     sums = scaled(batch.grads, batch.scale * h.sign)
     if h.weight_decay:
         sums = list(foreach_add(sums, batch.params, alpha=h.weight_decay))
@@ -103,7 +103,7 @@ def _small_sgd(
     params: list[Tensor], grads: list[Tensor], momenta: list[Tensor],
     h: MomentumHyper, lr: float, factor: float, decay: float, count: int,
 ) -> None:  # fmt: skip
-    """What fused_sgd does, of one tensor, by kernels that start no threads for a small one, as ATen's fused ones do."""
+    """`fused_sgd` for one small tensor, without ATen's fused kernels, which start threads even for small ones."""
     [p], [g] = params, grads
     d = g.mul(factor * h.sign)
     if decay:
@@ -115,7 +115,7 @@ def _small_sgd(
 
 
 def _direction(d: Tensor, momenta: list[Tensor], h: MomentumHyper, count: int) -> tuple[Tensor, Tensor]:
-    """The update that a decayed gradient d makes, before its LR and ratio, and the momentum, if there is any, then."""
+    """(update without LR and trust ratio, new momentum) of d, the gradient plus weight decay."""
     m = d if count == 0 or not momenta else momenta[0].mul(h.momentum).add_(d, alpha=1 - h.dampening)
     return (d.add(m, alpha=h.momentum) if h.nesterov else m), m
 
@@ -123,42 +123,42 @@ def _direction(d: Tensor, momenta: list[Tensor], h: MomentumHyper, count: int) -
 class LARS(FusedOptimizer):
     """LARS: momentum SGD whose update of each tensor w with gradient g is scaled by a trust ratio.
 
-    The paper's: ratio = trust_coefficient * |w| / (|g| + weight_decay * |w|); v = momentum * v + lr * ratio *
-    (g + weight_decay * w); w -= v (You, Gitman, Ginsburg 2017, arXiv 1708.03888, Algorithm 1). The first update of a
-    tensor sets v to the term itself, as in torch.optim.SGD. Norms are L2, in float32 or wider.
+    In the paper ratio = trust_coefficient * |w| / (|g| + weight_decay * |w|); v = momentum * v + lr * ratio * d, where
+    d = g + weight_decay * w; w -= v (You, Gitman, Ginsburg 2017, arXiv 1708.03888, Algorithm 1). At the first update of
+    a tensor v = lr * ratio * d, as in torch.optim.SGD. Norms are L2, in float32 or wider.
 
     Args:
         params: parameters, named parameters, or param groups, each of which may set any of the options below.
-        lr: a number, a 1-element tensor, or a schedule: `LEGW` or `AutoWU`.
+        lr: a number, a 1-element tensor, or a schedule, `LEGW` or `AutoWU`.
         momentum, weight_decay, dampening, nesterov, maximize: as in torch.optim.SGD.
-        variant: whose LARS: "paper", "tensorflow", "simclr", "simclr-popular", "nvidia", "apex-larc", "rocm",
-            "torchlars", "timm", "bolts", "moco", "optax". It sets the axes below; None leaves one as it is there.
-        trust_coefficient, eps: in the formula, eps added to the denominator.
+        variant: "paper", "tensorflow", "simclr", "simclr-popular", "nvidia", "apex-larc", "rocm", "torchlars", "timm",
+            "bolts", "moco" or "optax". It gives a value to every option below that is None.
+        trust_coefficient, eps: as in the formula; eps is added to the denominator.
         form: where the LR enters. "scaled": as above. "torch": v = momentum * v + ratio * d; w -= lr * v. "corrected":
-            NVIDIA's, equal to "torch" at every schedule. "unscaled": v = momentum * v + d; w -= lr * ratio * v.
-            "popular": that, with the ratio trust_coefficient * |w| / |update|.
+            NVIDIA's, equal to "torch" under every schedule. "unscaled": v = momentum * v + d; w -= lr * ratio * v.
+            "popular": as "unscaled", with the ratio trust_coefficient * |w| / |update|.
         denominator: "sum_of_norms", |g| + weight_decay * |w|, or "norm_of_sum", |g + weight_decay * w|.
         trust_clip: the ratio becomes min(ratio / lr, 1).
-        not_adapted: "nothing"; "no_decay": groups without weight decay get ratio 1; "vectors": tensors of one dimension
-            or none get ratio 1 and no decay.
-        zero_norm: where a norm is 0, "one": ratio 1. "denominator": that, but by the formula if only g is 0 and the
-            denominator is not. "plain": ratio 1, no clip and no decay.
-        adapt: False for ratio 1 in a group; its weight decay stays.
-        carry_norms: let the update leave the norms of the weights to the next step, which then reads only the gradients
-            to measure: 24 bytes per float32 parameter instead of 28. A change of weights from outside must be known: at
-            a step what bumps version counters, moves a parameter or loads a checkpoint is seen. After `p.data.mul_()`
-            or a collective such as `dist.broadcast(p, 0)`, and after any change before a replay of a captured graph,
-            call `weights_changed()`. No effect on ATen.
-        max_grad_norm: clip the gradients' global L2 norm at this, over all groups, dtypes and devices; None: do not.
-            As torch.nn.utils.clip_grad_norm_, but without writing gradients. Each group may set its own.
-        skip_nonfinite: True: a step with a gradient that is not finite changes and counts nothing.
+        not_adapted: "nothing"; "no_decay": groups without weight decay get ratio 1; or "vectors": tensors of one
+            dimension or none get ratio 1 and no decay.
+        zero_norm: the rule if a norm is 0. "one": ratio 1. "denominator": ratio 1, but the formula holds if only g is 0
+            and the denominator is not. "plain": ratio 1, no trust_clip and no decay.
+        adapt: False: ratio 1 in this group; its weight decay stays.
+        carry_norms: True: an update keeps the norms of the weights for the next step, whose norm pass then reads only
+            gradients: 24 bytes per float32 parameter instead of 28. A step notices when other code bumps version
+            counters, moves a parameter or loads a checkpoint. Call `weights_changed()` after other changes of weights,
+            such as `p.data.mul_()` or `dist.broadcast(p, 0)`, and after any change before the replay of a captured
+            graph. No effect on ATen.
+        max_grad_norm: clip the gradients' global L2 norm at this, over all groups, dtypes and devices; None: never.
+            The result is that of torch.nn.utils.clip_grad_norm_, but gradients are not written. Each group may set it.
+        skip_nonfinite: True: skip a step if a gradient is not finite. It changes nothing and does not count.
         backend: "triton", "aten", or None for Triton on GPUs and ATen elsewhere.
         flatten: True: parameters live in one flat buffer per device and dtype. False: they stay where they are.
         master_weights: True: keep float32 masters of float16 and bfloat16 parameters. State is float32 either way.
         tile: elements that a Triton program updates at a time, a power of two, 16 or more. State is padded to it.
 
     Raises:
-        ValueError, TypeError: naming the argument or parameter and its value, before anything has changed.
+        ValueError, TypeError: naming the argument or parameter and its value; nothing has changed.
 
     >>> import torch
     >>> from fused_legw import LARS

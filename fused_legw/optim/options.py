@@ -22,12 +22,12 @@ from ..spec import Group, OptimizerSpec, group_lr
 
 
 def brief(schedule: Schedule) -> str:
-    """A schedule in an error: its repr is longer than what the error has to say."""
+    """A schedule's short name for errors; its repr takes several lines."""
     return f"{type(schedule).__name__}(peak_lr={schedule.peak_lr:g})"
 
 
 def check_written_lr(label: str, lr: Any) -> None:
-    """Refuse an LR written to a group, or loaded. Negative ones torch.optim follows: a LambdaLR past its end, say."""
+    """Check an LR written to a group, or loaded. Negative ones pass, as in torch.optim: some LambdaLRs make them."""
     if isinstance(lr, Schedule):
         raise TypeError(f"set {label}['schedule'] instead: {label}['lr'] is {brief(lr)}")
     checks.check_scalar(f"{label}['lr']", lr, low=-math.inf)
@@ -40,14 +40,14 @@ def check_place(groups: Iterable[Group], steps_applied: int) -> None:
         if steps_applied < since:
             raise ValueError(
                 f"steps_applied={steps_applied} lies before update {since}, where the batch size of "
-                f"{brief(group['schedule'])} changed: set a schedule of one batch size first, its with_batch_size"
+                f"{brief(group['schedule'])} changed: first replace it by its with_batch_size(...)"
             )
 
 
 def check_params(
     spec: OptimizerSpec, groups: list[Group], state: State, backend: str | None
 ) -> dict[torch.device, str]:
-    """Refuse what cannot be optimized, before anything has changed; returns each device's backend by name."""
+    """Raise for parameters, LRs or state that cannot be used. Returns the name of each device's backend."""
     named = named_params(groups)
     for name, p, group in named:
         checks.check_parameter(name, p)
@@ -61,7 +61,7 @@ def check_params(
 
 
 class CheckedOptions:
-    """The check of groups that anyone may have written to.
+    """Checks the options of param groups, which other code may write to.
 
     Skipped while every option is the same object that passed last time. Mutable values are checked at every step; two
     exceptions: tensors in a tuple, and AutoWU, which validates itself.
@@ -72,13 +72,14 @@ class CheckedOptions:
     def __init__(self, spec: OptimizerSpec, defaults: Group) -> None:
         self._spec = spec
         self._names = tuple(defaults.keys() - {"lr"})
-        self._passed: list[Same] = []  # by group, the options that passed last
-        self._lrs: list[object] = []  # by group, the LR or the schedule's constants then; None: tensors, at any rate
-        self._in_place: list[bool] = []  # by group, whether a tensor in a tuple can change without being replaced
-        self.generation = 0  # grows by one whenever the value of an option, of any group, may have changed
+        # By group:
+        self._passed: list[Same] = []  # the options that passed the last check
+        self._lrs: list[object] = []  # the LR, or the schedule's constants, at that check
+        self._in_place: list[bool] = []  # whether an option is a tuple with tensors, which can change in place
+        self.generation = 0  # grows by one whenever an option's value may have changed, in any group
 
     def check(self, groups: Sequence[Group]) -> None:
-        """Refuse the options of every group, but its LR."""
+        """Check the options of every group, except its LR, and update `generation`."""
         changed = len(self._passed) != len(groups)
         if changed:
             self._passed, self._in_place = [Same() for _ in groups], [False] * len(groups)
@@ -101,21 +102,22 @@ class CheckedOptions:
 
 
 class ShownLR:
-    """What param_groups show of schedules: the LR of the last update, and the updates that the host knows of."""
+    """Shows the last update's LR and the update count in param groups, and tells when other code wrote an LR there."""
 
     def __init__(self) -> None:
-        self._written: dict[int, float] = {}  # by id of the group: what we wrote to its "lr"
+        self._written: dict[int, float] = {}  # the "lr" that we wrote, by id of the group
 
     def show(self, groups: Iterable[Group], steps_applied: int) -> None:
+        """Write "steps_applied" to every group, and "lr" to those with a schedule."""
         for group in groups:
             group["steps_applied"] = steps_applied
             shown = self._written.pop(id(group), group["lr"])
             if group["schedule"] is not None:
-                if group["lr"] == shown:  # what someone wrote there stays, for the next step to judge
+                if group["lr"] == shown:  # an LR that other code wrote stays: the next step raises for it
                     group["lr"] = shown = group_lr(group, max(steps_applied - 1, 0))
                 self._written[id(group)] = shown
 
     def overwritten(self, group: Group) -> bool:
-        """Whether someone wrote another LR to a group that follows a schedule."""
+        """Whether other code wrote another LR to a group that follows a schedule."""
         shown = self._written.get(id(group))
         return group["schedule"] is not None and shown is not None and bool(group["lr"] != shown)

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 
 class SGDSpec(OptimizerSpec):
-    """SGD's one state, and what its options mean."""
+    """The state and options of SGD."""
 
     name = "sgd"
     states = ("momentum_buffer",)
@@ -62,12 +62,12 @@ def fused_sgd(
     params: list[Tensor], grads: list[Tensor], momenta: list[Tensor],
     h: MomentumHyper, lr: float, factor: float, decay: float, count: int,
 ) -> None:  # fmt: skip
-    """ATen's SGD of the gradients factor * g + decay * w, after `count` earlier updates. decay: instead of h's."""
+    """ATen's SGD on the gradients factor * g + decay * w, after `count` earlier updates. decay: replaces h's."""
     dampening, first = h.dampening, count == 0
     share = factor if first else factor * (1 - dampening)
     if factor != 1 and momenta and not h.nesterov and 0 < share < math.inf and params[0].dtype == torch.float32:
-        # As momentum * m + share * (g + decay / factor * w), which saves writing factor * g. ATen is given 1 - share,
-        # which is exact for a float32 not below 2^-29; gradients are first multiplied by a power of two to have that.
+        # Compute momentum * m + share * (g + decay / factor * w), which saves writing factor * g. ATen takes 1 - share,
+        # which is exact if share is a float32 of at least 2^-29. Below, first scale the gradients by a power of two.
         fraction, exponent = math.frexp(share)
         if exponent < -28:
             grads, factor, exponent = scaled(grads, 2.0**exponent), factor / 2.0**exponent, 0
@@ -94,26 +94,27 @@ def fused_sgd(
 class SGD(FusedOptimizer):
     """Drop-in for `torch.optim.SGD`: the same arguments, defaults and results, and `lr` may be a `LEGW` schedule.
 
-    For a parameter w with gradient g: g += weight_decay * w; m = g at the first update, then momentum * m +
-    (1 - dampening) * g; d = g + momentum * m with nesterov, else m; w -= lr * d (Sutskever et al. 2013, as
-    torch has it).
+    For a parameter w with gradient g: g += weight_decay * w; m = g at the first update, later m = momentum * m +
+    (1 - dampening) * g; d = g + momentum * m with nesterov, else d = m; w -= lr * d (Sutskever et al. 2013, in the
+    form of torch.optim).
 
     Args:
         params: parameters, named parameters, or param groups, each of which may set any of the options below.
-        lr: a number, a 1-element tensor (driven by torch's LR schedulers as usual), or a schedule, `LEGW` or `AutoWU`,
-            whose LR the step works out itself from the number of updates applied so far.
+        lr: a number, a 1-element tensor (torch's LR schedulers may drive either), or a schedule, `LEGW` or `AutoWU`:
+            the step computes its LR from the number of updates applied so far.
         momentum, dampening, weight_decay, nesterov, maximize: as in torch.optim.SGD.
-        max_grad_norm: clip the gradients' global L2 norm at this, over all groups, dtypes and devices; None: do not.
-            As torch.nn.utils.clip_grad_norm_, but without writing gradients. Each group may set its own.
-        skip_nonfinite: True: a step with a gradient that is not finite changes and counts nothing.
+        max_grad_norm: clip the gradients' global L2 norm at this, over all groups, dtypes and devices; None: never.
+            The result is that of torch.nn.utils.clip_grad_norm_, but gradients are not written. Each group may set it.
+        skip_nonfinite: True: skip a step if a gradient is not finite. It changes nothing and does not count.
         backend: "triton", "aten", or None for Triton on GPUs and ATen elsewhere.
         flatten: True: parameters live in one flat buffer per device and dtype. False: they stay where they are.
         master_weights: True: keep float32 masters of float16 and bfloat16 parameters. State is float32 either way.
         tile: elements that a Triton program updates at a time, a power of two, 16 or more. State is padded to it.
-        foreach, fused: accepted and ignored, but not both. differentiable: must be False.
+        foreach, fused: accepted and ignored; not both may be True.
+        differentiable: must be False.
 
     Raises:
-        ValueError, TypeError: naming the argument or parameter and its value, before anything has changed.
+        ValueError, TypeError: naming the argument or parameter and its value; nothing has changed.
 
     >>> import torch
     >>> from fused_legw import LEGW, SGD
