@@ -1,4 +1,4 @@
-"""`python -m fused_legw` is the command line."""
+"""`python -m fused_legw` runs the command line."""
 
 import sys
 

@@ -1,4 +1,4 @@
-"""Whether work is being captured into a CUDA graph, and what a capture refuses."""
+"""Tells whether a CUDA graph capture is running, and refuses work that it cannot record."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ def capturing(device: torch.device) -> bool:
     """Whether work on the device's current stream is being captured into a CUDA graph."""
     if device.type != "cuda":
         return False
-    with torch.cuda.device(device):  # whose current stream is asked
+    with torch.cuda.device(device):  # is_current_stream_capturing looks at the current device only
         return torch.cuda.is_current_stream_capturing()
 
 

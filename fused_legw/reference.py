@@ -1,9 +1,9 @@
-"""Reference optimizers: what the fused ones must equal, one tensor at a time, written to be read.
+"""Reference optimizers, one tensor at a time, written to be read. The fused optimizers must equal them.
 
-They are ordinary torch optimizers in any floating dtype; in float64 they are the oracle of the tests and of
-`fused_legw.verify`. They share nothing with the fused path but the schedule's scalar formulas: no flat buffers, no
-launches, so a packing bug cannot hide here. Each takes its fused twin's arguments; those that say only how the fused
-one is laid out (backend, flatten, tile, ...) are accepted and ignored.
+They are ordinary torch optimizers in any floating dtype. In float64 the tests and `fused_legw.verify` compare the fused
+optimizers with them. They share only the schedule's scalar formulas with the fused path, so a bug in its flat buffers
+or launches cannot occur here too. Each takes the arguments of its fused twin, and ignores those about layout, such as
+backend, flatten and tile.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ Group = dict[str, Any]
 
 
 class _Reference(torch.optim.Optimizer):
-    """The step that all share: each group's LR at update t, global-norm clipping, and skipping."""
+    """The step that all classes share: each group's LR at update t, clipping by global norm, and skipping."""
 
     def __init__(self, params: Iterable[Any], defaults: Group, *, skip_nonfinite: bool = False, **layout: Any) -> None:
         unknown = sorted(layout.keys() - LAYOUT)
@@ -37,7 +37,7 @@ class _Reference(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """One update of every parameter that has a gradient; the schedule's t is the number of earlier ones."""
+        """Update every parameter that has a gradient. The schedule's t is the number of earlier updates."""
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -58,7 +58,7 @@ class _Reference(torch.optim.Optimizer):
         return loss
 
     def _clip(self, norm: float, group: Group) -> float:
-        """What clipping multiplies this group's gradients by, as torch.nn.utils.clip_grad_norm_."""
+        """The factor by which clipping scales this group's gradients, as in torch.nn.utils.clip_grad_norm_."""
         limit = group["max_grad_norm"]
         return 1.0 if limit is None else min(1.0, limit / (norm + 1e-6))
 
@@ -67,10 +67,10 @@ class _Reference(torch.optim.Optimizer):
 
 
 class SGD(_Reference):
-    """torch.optim.SGD, for-loop form, with `lr` a number, a 1-element tensor or a LEGW schedule.
+    """torch.optim.SGD, with `lr` a number, a 1-element tensor or a schedule.
 
-    For a parameter w with gradient g: g += weight_decay * w; m = g at the first update, then momentum * m +
-    (1 - dampening) * g; d = g + momentum * m with nesterov, else m; w -= lr * d.
+    For a parameter w with gradient g: g += weight_decay * w; m = g at the first update, later m = momentum * m +
+    (1 - dampening) * g; d = g + momentum * m with nesterov, else d = m; w -= lr * d.
     """
 
     def __init__(
@@ -103,7 +103,7 @@ class SGD(_Reference):
         p -= lr * self._momentum(p, g, group)
 
     def _momentum(self, p: Tensor, g: Tensor, group: Group) -> Tensor:
-        """The momentum buffer takes g in; what the update is."""
+        """Add g to the momentum buffer. Returns the update without LR."""
         momentum = group["momentum"]
         if momentum == 0:
             return g
@@ -117,7 +117,7 @@ class SGD(_Reference):
 
 
 class LARS(SGD):
-    """LARS; the formulas and axes are those of `fused_legw.LARS`."""
+    """LARS. `fused_legw.LARS` gives the formulas and options."""
 
     def __init__(
         self,
@@ -180,7 +180,7 @@ class LARS(SGD):
 
 
 class Adam(_Reference):
-    """torch.optim.Adam, for-loop form, with `lr` a number, a 1-element tensor or a LEGW schedule."""
+    """torch.optim.Adam, with `lr` a number, a 1-element tensor or a schedule."""
 
     def __init__(
         self,
@@ -221,7 +221,7 @@ class Adam(_Reference):
         p -= lr / correction1 * m / (v.sqrt() / math.sqrt(correction2) + group["eps"])
 
     def _moments(self, p: Tensor, g: Tensor, group: Group) -> tuple[Tensor, Tensor, float, float]:
-        """The moments after taking g in, and 1 - beta^n of both."""
+        """Add g to the moments. Returns both moments, and 1 - beta^n for both."""
         beta1, beta2 = map(float, group["betas"])
         state = self.state[p]
         state["step"] = n = state.get("step", 0) + 1
@@ -231,7 +231,7 @@ class Adam(_Reference):
 
 
 class AdamW(Adam):
-    """torch.optim.AdamW, likewise."""
+    """torch.optim.AdamW, with `lr` a number, a 1-element tensor or a schedule."""
 
     def __init__(
         self,
@@ -247,7 +247,7 @@ class AdamW(Adam):
 
 
 class AdamP(Adam):
-    """AdamP; the formulas are those of `fused_legw.AdamP`."""
+    """AdamP. `fused_legw.AdamP` gives the formulas."""
 
     def __init__(
         self,
@@ -287,13 +287,13 @@ class AdamP(Adam):
 
     @staticmethod
     def _is_tangent(w: Tensor, g: Tensor, group: Group) -> bool:
-        """Whether every row of the gradient is nearly at right angles to that of the weight."""
+        """Whether every row of the gradient is nearly at right angles to the same row of the weight."""
         cosines = torch.nn.functional.cosine_similarity(g, w, dim=1, eps=group["eps"])
         return bool(cosines.abs().max() < group["delta"] / math.sqrt(w.shape[1]))
 
 
 class LAMB(Adam):
-    """LAMB; the formulas and axes are those of `fused_legw.LAMB`."""
+    """LAMB. `fused_legw.LAMB` gives the formulas and options."""
 
     def __init__(
         self,

@@ -1,4 +1,4 @@
-"""What tells one fused optimizer from another; everything else they share."""
+"""What differs between the fused optimizers: state, options, hyper-parameters. They share everything else."""
 
 from __future__ import annotations
 
@@ -16,25 +16,22 @@ Gradients = Sequence[Tensor | None]  # one per segment of a bucket, in the param
 
 
 class OptimizerSpec:
-    """An optimizer's state, and what its hyper-parameters mean to the kernels and to ATen."""
+    """An optimizer's state and options, and its hyper-parameters in the form that kernels and ATen take."""
 
-    name: str  # of the kernels' rule, in `legw_kernels.rules.registry.RULES`
-    states: tuple[str, ...]  # torch's names, in that rule's order
-    counts_steps = False  # whether optimizer.state holds each parameter's "step"
-    adapts = False  # whether updates have a trust ratio
-    two_stage = False  # whether the states advance in the norm pass, which a global norm must come before
-    carries = False  # whether the norms of the weights may be carried over from the last step
-    projects = False  # whether updates are projected by rows, which must then be contiguous in memory
+    name: str  # key of the kernels' update rule in `legw_kernels.rules.registry.RULES`
+    states: tuple[str, ...]  # torch's names, in the order of that rule
+    counts_steps = False  # optimizer.state holds each parameter's "step"
+    adapts = False  # updates have a trust ratio
+    two_stage = False  # the norm pass advances the states, so a global norm needs a pass before it
+    carries = False  # the norms of the weights may be carried over from the last step
+    projects = False  # updates are projected by rows, which must be contiguous in memory
 
     def __init__(self, aten: Callable[[Any, Any, float], None]) -> None:
-        """aten: one update of an `AtenBatch` by ATen, with hyper-parameters as `hyper` gives them, read, and the LR."""
+        """aten: makes one update by ATen, given an `AtenBatch`, hyper-parameters as plain floats, and the LR."""
         self.aten = aten
 
     def check(self, group: Group) -> None:
-        """Raise for options of the wrong kind or out of range, however they came into the group; LRs are checked apart.
-
-        Reads no tensor that is not on the CPU.
-        """
+        """Raise for options of the wrong type or out of range, except the LR. Reads no tensor on a GPU."""
         schedule = group["schedule"]
         if schedule is not None and not isinstance(schedule, Schedule):
             raise ValueError(f"schedule must be a LEGW, an AutoWU or None, got {schedule!r}")
@@ -48,24 +45,24 @@ class OptimizerSpec:
             raise ValueError("differentiable=True is not supported: the fused step is not recorded by autograd")
 
     def check_made(self, group: Group) -> None:
-        """Raise for what torch.optim refuses only where a group is made: its schedulers may well write it later."""
+        """Raise for options that torch.optim refuses in new groups only: its schedulers may write them later."""
         checks.check_scalar("lr", group["lr"], "learning rate")
         if group.get("fused") and group.get("foreach"):
             raise RuntimeError("`fused` and `foreach` cannot be `True` together.")
 
     def complete(self, group: Group) -> None:
-        """Fill in the defaults that depend on other options, and bring values to one form."""
+        """Fill in defaults that depend on other options, and convert values to one type."""
 
     def used_states(self, group: Group) -> tuple[str, ...]:
         """The states that a group with these hyper-parameters needs."""
         raise NotImplementedError
 
     def hyper(self, group: Group) -> Any:
-        """The group's hyper-parameters as one of `formulas`' tuples; what is a tensor on a GPU stays one."""
+        """The group's hyper-parameters as one of `formulas`' tuples. Tensors on a GPU stay tensors."""
         raise NotImplementedError
 
     def clip(self, group: Group) -> tuple[float, bool]:
-        """The global norm to clip gradients at (infinite: none), and whether by LAMB's formula or torch's."""
+        """(global norm to clip gradients at, whether by LAMB's formula instead of torch's). Infinite: no clipping."""
         limit = group["max_grad_norm"]
         return (math.inf if limit is None else float(limit)), False
 
@@ -74,16 +71,16 @@ class OptimizerSpec:
         return any(self.clip(group)[0] < math.inf for group in groups)
 
     def exempts_vectors(self, group: Group) -> bool:
-        """Whether tensors of one dimension or none are neither adapted nor decayed."""
+        """Whether tensors of one dimension or none have neither a trust ratio nor weight decay."""
         return False
 
     def needs_clipped(self, group: Group) -> bool:
-        """Whether the trust ratio needs gradients that are already clipped, and so the global norm before it."""
+        """Whether norms or projections need clipped gradients, and so the global norm before them."""
         return self.two_stage
 
 
 def hyper_value(x: Any) -> Any:
-    """A hyper-parameter as a float; one that is a tensor on a GPU as it is, for the step must not wait for it."""
+    """A hyper-parameter as a float. A tensor on a GPU stays a tensor, because a step must not wait for it."""
     return x if isinstance(x, Tensor) and x.device.type != "cpu" else float(x)
 
 
@@ -95,7 +92,7 @@ def hyper_log(x: Any) -> Any:
 
 
 def hyper_floats(hyper: Any) -> Any:
-    """Hyper-parameters with those that are tensors read."""
+    """Hyper-parameters as floats. Reads those that are tensors."""
     return type(hyper)(*map(float, hyper))
 
 

@@ -1,10 +1,10 @@
 """Every private name of torch that this package uses. `tests/contract/test_torch_private.py` fails when one changes.
 
-Three classes of ours also fill in private protocols of torch, which cannot stand here:
+Three classes also implement private protocols of torch, in their own files:
 
     FusedOptimizer      _step_supports_amp_scaling: torch.amp.GradScaler leaves unscaling to `step`
-    GradScaler          _check_inf_per_device, _per_optimizer_states: where torch's scaler looks for infinities
-    FollowSchedule      _step_count, _last_lr: what torch's schedulers have, and other packages read
+    GradScaler          _check_inf_per_device, _per_optimizer_states: the inf check of torch's scaler
+    FollowSchedule      _step_count, _last_lr: attributes of torch's schedulers that other packages read
 """
 
 from __future__ import annotations
@@ -33,8 +33,8 @@ fused_adam_ = torch._fused_adam_
 fused_adamw_ = torch._fused_adamw_
 fused_sgd_ = torch._fused_sgd_
 
-# torch.compile's check of many tensors' types, dtypes, devices, shapes and strides in one call of C; None where this
-# torch has no such class or it takes other arguments.
+# torch.compile's check of many tensors' types, dtypes, devices, shapes and strides, in one C call. None if this torch
+# lacks the class or its arguments differ.
 TensorGuards: Any = None
 with suppress(ImportError, AttributeError, TypeError):
     from torch._C._dynamo.guards import TensorGuards as _TensorGuards
@@ -44,15 +44,15 @@ with suppress(ImportError, AttributeError, TypeError):
 
 
 def storage_uses(storage: torch.UntypedStorage) -> int:
-    """How many tensors and storages of Python and C++ hold this memory, `storage` itself among them."""
+    """The number of tensors and storages, in Python and C++, that hold this memory, including `storage`."""
     return int(torch._C._storage_Use_Count(storage._cdata))
 
 
 def version(p: Tensor) -> int:
-    """How often autograd was told that the tensor changed."""
+    """The tensor's version counter: how often autograd was told that it changed."""
     return int(p._version)
 
 
 def has_scheduler(step: Callable[..., Any]) -> bool:
-    """Whether a torch LR scheduler was made for the optimizer with this `step`: it wraps the method."""
+    """Whether a torch LR scheduler was made for the optimizer with this `step`; schedulers wrap the method."""
     return hasattr(step, "_wrapped_by_lr_sched")

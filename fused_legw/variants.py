@@ -1,4 +1,7 @@
-"""LARS and LAMB in the published variants, by name: rows of axes. Sources and formulas: `LARS` and `LAMB`."""
+"""The published variants of LARS and LAMB, by name. The classes `LARS` and `LAMB` give the formulas.
+
+An axis is an option in which variants differ. A variant has a value for each axis.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +13,7 @@ from .checks import check_flag, check_number, check_range
 Axes = dict[str, Any]
 
 
-# The paper's axes; every other row says how it differs from them.
+# Every other variant says how it differs from the paper.
 _LARS_PAPER: Axes = dict(
     trust_coefficient=0.001,
     eps=0,
@@ -20,7 +23,7 @@ _LARS_PAPER: Axes = dict(
     not_adapted="nothing",
     zero_norm="denominator",
 )
-_LARS_TORCH = _LARS_PAPER | dict(eps=1e-8, form="torch")  # where most code for torch begins
+_LARS_TORCH = _LARS_PAPER | dict(eps=1e-8, form="torch")  # common to most torch implementations
 
 LARS: dict[str, Axes] = {
     "paper": _LARS_PAPER,
@@ -75,7 +78,7 @@ CHECKS: dict[str, Callable[[str, Any], None]] = {
 
 
 def check(table: dict[str, Axes], group: Axes, not_adapted: tuple[str, ...]) -> None:
-    """Refuse unknown variants and values of axes."""
+    """Raise for an unknown variant or a value that its axis does not have."""
     variant, choices = group["variant"], CHOICES | {"not_adapted": not_adapted}
     if not (isinstance(variant, str) and variant in table):
         raise ValueError(f"variant must be one of {', '.join(map(repr, table))}, got {variant!r}")
@@ -90,6 +93,6 @@ def check(table: dict[str, Axes], group: Axes, not_adapted: tuple[str, ...]) -> 
 
 
 def axes(table: dict[str, Axes], group: Axes) -> Axes:
-    """A group's axes: its own where set, else its variant's."""
+    """The value of each axis for a group: the group's own if it is set, else its variant's."""
     own = {name: group.get(name) for name in table[group["variant"]]}
     return {name: value if own[name] is None else own[name] for name, value in table[group["variant"]].items()}

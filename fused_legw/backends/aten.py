@@ -22,21 +22,21 @@ from .aten_math import AtenBatch, Joined, norms
 from .base import Backend, StepControl
 from .passes import Pass
 
-_BATCH = 1 << 21  # elements: what is made of them on the way should stay in a cache, in few calls
+_BATCH = 1 << 21  # elements: few enough that intermediate results stay in a cache, and enough for few calls
 
 
 @dataclass
-class Batch:
-    """Segments of one bucket, group and count that ATen updates together, and the lists of their tensors."""
+class SegmentBatch:
+    """Segments that ATen updates together: of one bucket, group and update count. Holds the lists of their tensors."""
 
     bucket: Bucket
-    group: int
-    count: int  # their earlier updates
-    chosen: list[int]  # their places in the bucket's tables
-    first_column: int  # the bucket's first place in the tables of the device
-    converts: bool = False  # whether any gradient is of another dtype than the arithmetic
-    _generation: int = -1  # of the gradients that `converts` is known of
-    _states: dict[tuple[str, bool], list[Tensor]] = field(default_factory=dict)
+    group: int  # index into param_groups
+    count: int  # earlier updates of the segments
+    chosen: list[int]  # the segments' indices in the bucket
+    first_column: int  # the bucket's first index in the device's norms
+    converts: bool = False  # a gradient has another dtype than the arithmetic
+    _generation: int = -1  # of the gradients for which `converts` is known
+    _states: dict[tuple[str, bool], list[Tensor]] = field(default_factory=dict)  # results of `state`
 
     def __post_init__(self) -> None:
         first, after = self.chosen[0], self.chosen[-1] + 1
@@ -47,10 +47,10 @@ class Batch:
         self._starts = [segment.first_tile * tile for segment in segments]
         self.elements = sum(map(self.bucket.padded, segments))
         self.joined = self._joined()
-        self.scratch: list[Joined] = []  # room for copies of the gradients and for updates, where the rule needs that
+        self.scratch: list[Joined] = []  # memory for copies of the gradients and for updates, if the spec is two-stage
 
     def _joined(self) -> Joined | None:
-        """The weights that are updated, masters if there are any, if they follow one another in a buffer of ours."""
+        """The weights to update (masters if there are any), if they follow one another in one of our buffers."""
         weights, buffer = self.params, self.bucket.weights
         if MASTER in self.bucket.state:
             weights, buffer = self.state(MASTER), self.bucket.state[MASTER]
@@ -64,7 +64,7 @@ class Batch:
         return Joined(buffer[places[0] :][: self.elements], weights, self.bucket.tile)
 
     def state(self, name: str, *, whole: bool = False) -> list[Tensor]:
-        """The segments' state; whole: as one tensor."""
+        """One kind of state of the segments. whole: as a single tensor."""
         if (name, whole) not in self._states:
             every = [self.bucket.segments[i].state[name] for i in self.chosen]
             if whole:
@@ -73,7 +73,7 @@ class Batch:
         return self._states[name, whole]
 
     def gradients(self, some: Gradients, generation: int) -> list[Tensor]:
-        """These segments' own, of the bucket's. generation: see `GradientSet`."""
+        """The gradients of these segments, out of the bucket's. generation: see `GradientSet`."""
         own: list[Any] = list(some[self.rows] if isinstance(self.rows, slice) else map(some.__getitem__, self.rows))
         if generation != self._generation:
             self.converts = any(g.dtype != compute_dtype(self.bucket.dtype) for g in own)
@@ -81,15 +81,15 @@ class Batch:
         return own
 
     def put(self, row: list[float], values: list[float]) -> None:
-        """Write values of these segments into a row of the device's table."""
+        """Write a value for each of these segments into a row of the device's norms."""
         for i, value in zip(self.chosen, values, strict=True):
             row[self.first_column + i] = value
 
 
-def batches(bucket: Bucket, first_column: int, counts: Sequence[int | None], most: float) -> list[Batch]:
-    """The segments of a bucket by group and count; those without one are left out.
+def batches(bucket: Bucket, first_column: int, counts: Sequence[int | None], most: float) -> list[SegmentBatch]:
+    """Split the segments of a bucket by group and update count. Segments whose count is None are left out.
 
-    most: elements in a batch, but for larger tensors, which get one each.
+    most: the elements in a batch; a larger tensor gets a batch of its own.
     """
     lists: dict[tuple[int, int], list[list[int]]] = {}
     room: dict[tuple[int, int], float] = {}
@@ -101,11 +101,11 @@ def batches(bucket: Bucket, first_column: int, counts: Sequence[int | None], mos
                 room[key] = max(most, size)
             lists[key][-1].append(i)
             room[key] -= size
-    return [Batch(bucket, *key, chosen, first_column) for key, of_key in lists.items() for chosen in of_key]
+    return [SegmentBatch(bucket, *key, chosen, first_column) for key, of_key in lists.items() for chosen in of_key]
 
 
-def _counts_of(made: Sequence[Batch], n: int) -> list[int | None]:
-    """The counts of n segments, of which some are in these batches."""
+def _counts_of(made: Sequence[SegmentBatch], n: int) -> list[int | None]:
+    """The update counts of n segments, by the batches that they are in; None for those in no batch."""
     counts: list[int | None] = [None] * n
     for batch in made:
         for i in batch.chosen:
@@ -114,7 +114,7 @@ def _counts_of(made: Sequence[Batch], n: int) -> list[int | None]:
 
 
 class AtenBackend(Backend):
-    """ATen's fused kernels over lists of the same tensors; counts, norms and LR on the host."""
+    """Runs steps by ATen's fused kernels over lists of tensors. Counts, norms and LR are on the host."""
 
     name = "aten"
     counts_on_host = True
@@ -123,18 +123,18 @@ class AtenBackend(Backend):
         self.device = buckets[0].device
         self._spec, self.buckets = spec, buckets
         self.step_counts = torch.tensor([steps_applied, 0], dtype=torch.int64, device="cpu")
-        self._step_counts = self.step_counts.numpy()  # the same memory, in a tenth of the time
+        self._step_counts = self.step_counts.numpy()  # the same memory, ten times as fast to access
         self.nonfinite = torch.zeros(1, device="cpu")
         self._first_columns = list(accumulate((len(bucket.segments) for bucket in buckets), initial=0))
-        self._gradients: Sequence[Gradients] = ()  # of the step that has begun, by bucket
-        self._generation = -1  # of those; see `GradientSet`
-        self._options = -1  # the generation of options that the next is of
-        self._hypers: dict[int, Any] = {}  # hyper-parameters by group, read
-        self._norms: dict[str, list[float]] = {}  # of each tensor, by kind, once any were taken
-        self._norm = 0.0  # of all gradients
-        self._takes_norms_later = False  # the update takes the gradients' norms, batch by batch
-        # By bucket: batches, what they were made for, and the generation of gradients that they are known to fit.
-        self._batches: list[tuple[list[Batch], object, int]] = [([], (), -1) for _ in buckets]
+        self._gradients: Sequence[Gradients] = ()  # by bucket, in the step that has begun
+        self._generation = -1  # of these gradients: see `GradientSet`
+        self._options = -1  # the options' generation when `_hypers` was made
+        self._hypers: dict[int, Any] = {}  # hyper-parameters as floats, by group
+        self._norms: dict[str, list[float]] = {}  # norms or ratios of each tensor, by kind; empty before the first
+        self._norm = 0.0  # the norm of all gradients
+        self._takes_norms_later = False  # the update computes the gradients' norms, batch by batch
+        # By bucket: (batches, the key they were made for, the last generation of gradients that they fit).
+        self._batches: list[tuple[list[SegmentBatch], object, int]] = [([], (), -1) for _ in buckets]
         self._scratch: dict[torch.dtype, tuple[Tensor, ...]] = {}
 
     def begin(
@@ -151,17 +151,17 @@ class AtenBackend(Backend):
             self._norms = {kind: [0.0] * self._first_columns[-1] for kind in ("gradient", "weight", "ratio")}
 
     def end(self) -> None:
-        self._gradients = ()  # zero_grad is to free them
+        self._gradients = ()  # so that zero_grad can free them
 
     def run(self, what: Pass, groups: Sequence[Group], control: StepControl) -> None:
-        """A norm pass takes norms of gradients; those of weights and updates are taken as the tensors are updated."""
+        """Run a pass. A norm pass computes norms of gradients only: the update computes the others on the way."""
         if what.kind == "norms" and "gradients" in what.of:
             self._take_gradient_norms(control)
         if what.kind == "update":
             self._update_or_skip(groups, control)
 
     def _take_gradient_norms(self, control: StepControl) -> None:
-        # Where nothing can skip the step, the update takes them, batch by batch.
+        # If nothing can skip the step, the update computes them, batch by batch.
         self._takes_norms_later = not control.global_norm and control.found_inf is None
         if self._takes_norms_later:
             self._norms["gradient"] = [0.0] * self._first_columns[-1]
@@ -197,7 +197,7 @@ class AtenBackend(Backend):
         clips = [1.0] * len(groups)
         if control.clips:
             clips = [formulas.clip_factor(self._norm, *self._spec.clip(group)) for group in groups]
-        # Where nothing is made of the tensors on the way, one call is best.
+        # Without intermediate results one call is fastest.
         sums = any(map(self._spec.needs_clipped, groups))
         whole = not (sums or control.clips or control.grad_scale is not None)
         for index, (bucket, some) in enumerate(zip(self.buckets, self._gradients, strict=True)):
@@ -206,8 +206,8 @@ class AtenBackend(Backend):
                 i = batch.group
                 self._update(batch, some, lrs[i], groups[i], inverse, clips[i])
 
-    def _batches_of(self, index: int, bucket: Bucket, some: Gradients, most: float) -> list[Batch]:
-        """Those of the last update, if they fit."""
+    def _batches_of(self, index: int, bucket: Bucket, some: Gradients, most: float) -> list[SegmentBatch]:
+        """The batches of one bucket: those of the last update, if they still fit."""
         made, made_for, generation = self._batches[index]
         key = most, bucket.addresses
         if generation == self._generation and made_for == key and bucket.steps_are_ours():
@@ -220,7 +220,9 @@ class AtenBackend(Backend):
         self._batches[index] = made, key, self._generation
         return made
 
-    def _update(self, batch: Batch, some: Gradients, lr: float, group: Group, inverse: float, clip: float) -> None:
+    def _update(
+        self, batch: SegmentBatch, some: Gradients, lr: float, group: Group, inverse: float, clip: float
+    ) -> None:
         bucket, compute = batch.bucket, compute_dtype(batch.bucket.dtype)
         used = self._spec.used_states(group)
         whole = self._spec.two_stage and batch.adjacent
@@ -248,10 +250,10 @@ class AtenBackend(Backend):
             foreach_copy_(batch.params, weights)
         if used:
             batch.count += 1
-            bucket.count(batch.rows, batch.count)
+            bucket.set_steps_of(batch.rows, batch.count)
 
-    def _take_norms(self, batch: Batch, tensors: AtenBatch, inverse: float, clip: float) -> None:
-        """Give the tensors their norms, of the gradients unless they are known."""
+    def _take_norms(self, batch: SegmentBatch, tensors: AtenBatch, inverse: float, clip: float) -> None:
+        """Fill in the batch's norms of weights and gradients."""
         if self._takes_norms_later:
             found = norms(tensors.grads) if tensors.gathered is None else tensors.gathered.norms()
             batch.put(self._norms["gradient"], [x * inverse for x in found])
@@ -260,10 +262,10 @@ class AtenBackend(Backend):
         batch.put(self._norms["weight"], tensors.w_norms)
 
     @torch.inference_mode(False)
-    def _give_scratch(self, bucket: Bucket, made: list[Batch]) -> None:
-        """Memory for copies of gradients and for updates, which all batches of a dtype use in turn.
+    def _give_scratch(self, bucket: Bucket, made: list[SegmentBatch]) -> None:
+        """Give batches memory for copies of gradients and for updates. All batches of a dtype share it.
 
-        It stays: to be given fresh pages at every step would cost several times what is done with them.
+        The memory is kept between steps, because new pages would take several times as long as the work on them.
         """
         dtype, size = compute_dtype(bucket.dtype), max((batch.elements for batch in made), default=0)
         held = self._scratch.get(dtype, ())
@@ -274,7 +276,7 @@ class AtenBackend(Backend):
 
     @staticmethod
     def _synced_master(bucket: Bucket, i: int) -> Tensor:
-        """The segment's master; where the weight is not its rounding, it was changed from outside, and it counts."""
+        """The segment's master. Where the weight is not its rounding, other code changed the weight: it is taken."""
         p, master = bucket.segments[i].param, bucket.segments[i].state.get(MASTER)
         if master is None:
             return p.float()

@@ -1,4 +1,4 @@
-"""What ATen's steps are made of: joined tensors, and norms."""
+"""Tensor arithmetic of the ATen backend: joined tensors, scaling and norms."""
 
 from __future__ import annotations
 
@@ -12,20 +12,20 @@ from torch import Tensor
 
 from ..torch_private import foreach_mul, foreach_zero_
 
-_ROW, _SMALL = 256, 4096  # of a small tensor `norms` takes the elements, of others the norms of rows
+_ROW, _SMALL = 256, 4096  # `norms` sums rows of _ROW elements first, but not in tensors below _SMALL elements
 
 
 @dataclass
 class Joined:
     """Tensors that follow one another in one tensor, each padded to whole tiles.
 
-    ATen starts its threads once for each large tensor that it is given, and its fused kernels for small ones too, which
-    costs as much as some 100,000 elements; so what can be done with all of them is done with `whole`.
+    ATen starts its threads once per large tensor, and its fused kernels even for small ones. A start costs as much as
+    about 100,000 elements, so operations on all of the tensors use `whole`.
     """
 
     whole: Tensor
-    views: list[Tensor]
-    tile: int
+    views: list[Tensor]  # the tensors, in their shapes
+    tile: int  # in elements
 
     def __post_init__(self) -> None:
         ends = list(accumulate(-(-x.numel() // self.tile) * self.tile for x in self.views))
@@ -41,6 +41,7 @@ class Joined:
         return cls(buffer[: ends[-1]], views, tile)
 
     def parts(self, whole: bool) -> list[Tensor]:
+        """A list of the one whole tensor, or of the views."""
         return [self.whole] if whole else self.views
 
     def clear_padding(self) -> None:
@@ -48,7 +49,7 @@ class Joined:
             foreach_zero_(self._pads)
 
     def norms(self) -> list[float]:
-        """`norms` of the views, to the bit; whatever the padding holds."""
+        """`norms` of the views, with the same bits. The padding may hold anything."""
         if self.tile % _ROW or not len(self.whole):
             return norms(self.views)
         rows = torch.linalg.vector_norm(self.whole.view(-1, _ROW), dim=1)
@@ -57,35 +58,36 @@ class Joined:
 
 @dataclass
 class AtenBatch:
-    """The tensors of one group, dtype and count that ATen updates together: lists, an entry per parameter."""
+    """The tensors of one group, dtype and update count that ATen updates together. Lists: an entry per parameter."""
 
     params: list[Tensor]
     grads: list[Tensor]
     states: list[list[Tensor]]  # for each of the spec's states; empty where the group does not use it
     count: int  # earlier updates of these tensors
-    scale: float  # what gradients are multiplied by, for clipping and AMP
+    scale: float  # factor on the gradients, for clipping and AMP
     joined: Joined | None = None  # the parameters, if they follow one another
-    # Where the spec is two-stage:
+    # If the spec is two-stage:
     gathered: Joined | None = None  # a copy of the gradients
-    scratch: Joined | None = None  # as much memory again
-    whole: bool = False  # whether the states follow one another like these; then their lists hold one tensor
-    # Where the spec adapts:
-    exempts_vectors: bool = False  # whether tensors of one dimension or none are neither adapted nor decayed
-    g_norms: list[float] = field(default_factory=list)  # norms of the gradients as they are to be used
+    scratch: Joined | None = None  # memory for the updates
+    whole: bool = False  # each list in `states` holds one tensor, in which all states follow one another
+    # If the spec adapts:
+    exempts_vectors: bool = False  # tensors of one dimension or none have neither a trust ratio nor weight decay
+    g_norms: list[float] = field(default_factory=list)  # norms of the scaled gradients
     w_norms: list[float] = field(default_factory=list)  # norms of the weights
-    ratios: list[float] = field(default_factory=list)  # trust ratios, to be filled in
+    ratios: list[float] = field(default_factory=list)  # trust ratios, filled in by the update
 
 
 def scaled(grads: list[Tensor], factor: float) -> list[Tensor]:
-    """The gradients times a factor, in new memory; themselves where it is 1."""
+    """The gradients times a factor, in new memory; the same tensors if it is 1."""
     return grads if factor == 1 else list(foreach_mul(grads, factor))
 
 
 def norms(tensors: Sequence[Tensor], of_rows: Sequence[Tensor] = ()) -> list[float]:
-    """The L2 norm of each dense tensor, to 1e-7; it does not overflow where the values are finite.
+    """The L2 norm of each dense tensor, to 1e-7. Does not overflow if the values are finite.
 
-    Summed in float64, which is slow, and so of large tensors over short rows, whose norms are taken in their own dtype.
-    of_rows: for each tensor those of its rows, and maybe more, where they are known.
+    Sums are in float64, which is slow. So large tensors are first cut into short rows, whose norms are taken in the
+    tensor's own dtype.
+    of_rows: the norms of each tensor's rows, if known; there may be more than needed.
     """
     parts, lengths = [], []
     for i, x in enumerate(tensors):
@@ -110,7 +112,7 @@ def norms(tensors: Sequence[Tensor], of_rows: Sequence[Tensor] = ()) -> list[flo
 
 
 def norm(x: Tensor) -> float:
-    """L2 norm in float64, which does not overflow where the values are finite."""
+    """The L2 norm in float64. Does not overflow if the values are finite."""
     plain = float(torch.linalg.vector_norm(x, dtype=torch.float64))
     if 1e-140 < plain < 1e150 or x.numel() == 0:
         return plain

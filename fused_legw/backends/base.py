@@ -1,4 +1,4 @@
-"""What a backend is: one device's part of a step. Its two implementations are `triton` and `aten`."""
+"""The interface of backends, which run one device's part of a step. `triton` and `aten` implement it."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from .passes import Pass
 
 @dataclass(frozen=True)
 class StepControl:
-    """What decides over one step as a whole: clipping, skipping, and AMP's scale."""
+    """The settings of one step as a whole: clipping, skipping, and AMP's scale."""
 
     clips: bool = False  # some group clips the global norm
     skips: bool = False  # a gradient that is not finite skips the step
     counts_step: bool = True  # the step counts as applied
-    grad_scale: Tensor | None = None  # torch.amp.GradScaler's: what gradients are to be divided by, 1 element
-    found_inf: Tensor | None = None  # its inf check: skip the step if it is not 0, 1 element
+    grad_scale: Tensor | None = None  # 1 element, from torch.amp.GradScaler: gradients must be divided by it
+    found_inf: Tensor | None = None  # 1 element, from torch.amp.GradScaler: skip the step if it is not 0
 
     @property
     def global_norm(self) -> bool:
@@ -31,12 +31,12 @@ class StepControl:
 
     @property
     def inverse_scale(self) -> float:
-        """For the host: reads the device."""
+        """The factor that undoes `grad_scale`, as a float. Reads the device."""
         return 1.0 if self.grad_scale is None else 1.0 / float(self.grad_scale)
 
     @staticmethod
     def on(device: torch.device, value: Tensor | None) -> Tensor | None:
-        """A float32 tensor of one element on the device, without waiting for it."""
+        """The value as a float32 tensor on the device, without waiting for it."""
         return None if value is None else value.to(device, torch.float32, non_blocking=True)
 
 
@@ -55,37 +55,38 @@ class Backend:
     def begin(
         self, groups: Sequence[Group], found: GradientSet, control: StepControl, *, others: int, options: int
     ) -> None:  # fmt: skip
-        """Take what one step works on.
+        """Begin a step.
 
-        found: the gradients of this backend's buckets. others: how many other devices take part. options: grows by one
-        whenever an option of any group changes.
+        found: the gradients of this backend's buckets.
+        others: the number of other devices in the step.
+        options: the options' generation, a number that grows whenever an option of any group changes.
         """
         raise NotImplementedError
 
     def run(self, what: Pass, groups: Sequence[Group], control: StepControl) -> None:
-        """One pass of the step that has begun."""
+        """Run one pass of the step that has begun."""
         raise NotImplementedError
 
     def end(self) -> None:
-        """Let go of what the step worked on, also where it failed."""
+        """End the step, even a failed one, and release its gradients."""
 
     def global_norm(self) -> Tensor:
         """The norm of this device's gradients, float64, 0-dim."""
         raise NotImplementedError
 
     def take_norms(self, others: Sequence[Tensor]) -> None:
-        """The global norms of the other devices."""
+        """Take the global norms of the other devices."""
         raise NotImplementedError
 
     def norms(self, kind: str) -> list[Tensor] | None:
-        """One kind of norm of each tensor, bucket by bucket: "gradient", "weight", or the trust "ratio".
+        """The "gradient" norm, the "weight" norm or the trust "ratio" of each tensor, bucket by bucket.
 
-        None before any were taken.
+        None before the first step that computes them.
         """
         raise NotImplementedError
 
     def write_groups(self, groups: Sequence[Group]) -> None:
-        """Let captured graphs see the groups' values as they are now. Nothing where every step reads the groups."""
+        """Pass the groups' current values to captured graphs. Does nothing if every step reads the groups."""
 
     def weights_changed(self) -> None:
-        """Take the norms of weights anew in the next step. Nothing where every step does."""
+        """Compute the norms of weights anew in the next step. Does nothing if every step computes them."""

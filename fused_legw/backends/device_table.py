@@ -1,4 +1,4 @@
-"""Small tables that the host writes and kernels read: uploaded only when changed, and safe under graph capture."""
+"""Small tables that the host writes and kernels read. Uploaded only when changed, and safe in graph captures."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from .. import capture
 
 
 class _Staging:
-    """A pinned host buffer that is not rewritten while its asynchronous copy is still under way."""
+    """A pinned host buffer that is not rewritten during its asynchronous copy."""
 
     def __init__(self, numel: int, dtype: torch.dtype, device: torch.device) -> None:
         self._buffer = torch.empty(numel, dtype=dtype, device="cpu", pin_memory=device.type == "cuda")
@@ -29,9 +29,10 @@ class _Staging:
 class DeviceTable:
     """A table of fixed size on one device.
 
-    shared=False: a graph capture gets a device table and a pinned source of its own, made at an earlier eager write and
-    never written again, because replays repeat the captured upload. shared=True: eager steps and replays read the
-    same table, so a capture may not upload; its values must have been written by an eager step before.
+    shared=False: each graph capture gets a device table and a pinned source of its own, because replays repeat the
+    captured upload. An eager write makes both beforehand, and they are never written again.
+    shared=True: eager steps and replays read the same table. A capture does not upload, so an eager step must have
+    written the values before.
     """
 
     prepares_captures = torch.cuda.is_available()
@@ -39,11 +40,11 @@ class DeviceTable:
     def __init__(self, numel: int, dtype: torch.dtype, device: torch.device, *, shared: bool = False) -> None:
         self._key = numel, dtype, device
         self.device_table = torch.zeros(numel, dtype=dtype, device=device)
-        self._staging = [_Staging(*self._key), _Staging(*self._key)]
-        self._values: Sequence[float] | None = None
+        self._staging = [_Staging(*self._key), _Staging(*self._key)]  # written in turn
+        self._values: Sequence[float] | None = None  # the values on the device
         self._shared = shared
-        self._spare: tuple[Tensor, _Staging] | None = None
-        self._captured: list[tuple[Tensor, _Staging]] = []  # alive as long as a graph may replay them
+        self._spare: tuple[Tensor, _Staging] | None = None  # for the next capture
+        self._captured: list[tuple[Tensor, _Staging]] = []  # kept alive, because graphs may replay their upload
 
     @property
     def captured(self) -> bool:
@@ -51,7 +52,7 @@ class DeviceTable:
         return bool(self._captured)
 
     def write(self, values: Sequence[float]) -> Tensor:
-        """The device table holding these values, for the kernels launched next on the current stream."""
+        """Upload the values. Returns the device table, for kernels launched next on the current stream."""
         device = self._key[2]
         if capture.capturing(device):
             return self._write_captured(values)
@@ -67,8 +68,8 @@ class DeviceTable:
         if self._shared:
             if values != self._values:
                 raise RuntimeError(
-                    "a hyper-parameter in param_groups changed since the last eager step: run one eager step before "
-                    "the capture"
+                    "run one eager step before the capture: a hyper-parameter in param_groups changed since the last "
+                    "one"
                 )
             return self.device_table
         if self._spare is None:

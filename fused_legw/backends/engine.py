@@ -1,4 +1,4 @@
-"""The devices of one optimizer: runs the passes of a step on each, and joins what they find."""
+"""Runs the passes of a step on every device of an optimizer, and combines their norms."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from .passes import Pass, needs, passes
 def make_backend(
     name: str, spec: OptimizerSpec, buckets: Sequence[Bucket], steps_applied: int, *, carry_norms: bool = False
 ) -> Backend:
-    """The backend of that name for the buckets of one device."""
+    """Make the backend with this name for the buckets of one device."""
     if name == "aten":
         return AtenBackend(spec, buckets, steps_applied)
     from .triton import TritonBackend  # the one place that imports Triton, which may be absent
@@ -30,7 +30,7 @@ def make_backend(
 
 
 class Engine:
-    """Makes the steps of an optimizer whose tensors lie in a layout."""
+    """Runs the steps of an optimizer on the buckets of its layout."""
 
     def __init__(
         self,
@@ -42,7 +42,7 @@ class Engine:
         carry_norms: bool,
         previous: Engine | None,
     ) -> None:
-        """backends: by device, the name of what runs its steps. previous: the engine that this one replaces."""
+        """backends: the name of each device's backend. previous: the engine that this one replaces."""
         self._spec, self._layout = spec, layout
         skipped = {device.device: int(device.step_counts[1]) for device in previous.devices} if previous else {}
         self.devices: list[Backend] = []
@@ -52,10 +52,10 @@ class Engine:
             self.devices[-1].step_counts[1] = skipped.get(device, 0)
         self.counts_on_host = all(device.counts_on_host for device in self.devices)
         self._carries = carry_norms and not self.counts_on_host
-        self._passes: tuple[object, tuple[Pass, ...]] = None, ()  # of the last step, and what they follow from
-        self._versions = list[int]()  # of the parameters after the last step, where norms are carried over from it
-        self._replayed = list[frozenset[object]]()  # what each captured step has; see `needs`
-        # A captured graph goes on addressing the buffers and tables it was captured with.
+        self._passes: tuple[object, tuple[Pass, ...]] = None, ()  # the last step's, after the values they depend on
+        self._versions = list[int]()  # the parameters' versions after the last step, if it carries norms over
+        self._replayed = list[frozenset[object]]()  # the `needs` of each captured step
+        # Earlier engines with captured graphs, which use the buffers and tables of their capture.
         self._kept: list[Engine] = []
         if previous is not None:
             self._kept = [*previous._kept, *([previous] if any(device.captured for device in previous.devices) else [])]
@@ -65,14 +65,14 @@ class Engine:
         return capture.any_capturing(device.device for device in self.devices)
 
     def step(self, groups: Sequence[Group], found: GradientSet, control: StepControl, options: int) -> bool:
-        """One step on every device; returns whether a graph capture has recorded it instead of making it.
+        """Run one step on every device. Returns whether a graph capture recorded the step instead of running it.
 
-        options: grows by one whenever an option of any group changes.
+        options: the options' generation, a number that grows whenever an option of any group changes.
         """
-        follows_from = options, control.clips, control.global_norm
-        if follows_from != self._passes[0]:
+        key = options, control.clips, control.global_norm
+        if key != self._passes[0]:
             every = passes(self._spec, groups, clips=control.clips, global_norm=control.global_norm)
-            self._passes = follows_from, every
+            self._passes = key, every
         if self._carries:
             self._see_versions()
         try:
@@ -86,15 +86,15 @@ class Engine:
         finally:
             for device in self.devices:
                 device.end()
-        # Autograd must see the change, which ATen's fused kernels do not tell: it refuses a backward pass through what
-        # was saved before.
+        # ATen's fused kernels do not tell autograd of the change. It must know, to refuse a backward pass that needs
+        # the old values.
         torch.autograd.graph.increment_version(found.moving)
         if self._carries:
             self._versions = self._versions_now()
         return recorded
 
     def _own(self, device: Backend, found: GradientSet) -> GradientSet:
-        """The gradients of one device's buckets."""
+        """The part of the gradients that belongs to one device."""
         if len(self.devices) == 1:
             return found
         pairs = zip(self._layout.buckets, found.by_bucket, strict=True)
@@ -109,11 +109,15 @@ class Engine:
                 device.take_norms(norms[:i] + norms[i + 1 :])
 
     def write_groups(self, groups: Sequence[Group]) -> None:
-        """Let captured graphs see the groups' values as they are now; RuntimeError for what they cannot follow."""
+        """Pass the groups' current values to captured graphs.
+
+        Raises:
+            RuntimeError: a graph lacks a pass or a state that the groups need now.
+        """
         wanted = needs(self._spec, groups)
         if not all(wanted <= had for had in self._replayed):
             raise RuntimeError(
-                "an option changed what a step consists of (clipping or state): make a step, then capture it again"
+                "make a step, then capture it again: an option changed the passes of a step (clipping or state)"
             )
         if self._carries:
             self._see_versions()
@@ -121,16 +125,17 @@ class Engine:
         for device in self.devices:
             device.write_groups(groups)
 
-    # Norms of weights that are carried over from one step to the next
+    # Norms of weights, carried over from one step to the next
 
     def weights_changed(self) -> None:
+        """Drop the norms that are carried over."""
         for device in self.devices:
             device.weights_changed()
 
     def _see_versions(self) -> None:
-        """If parameters have changed since the last step, the norms that it left are of no use."""
+        """Drop the norms if parameters have changed since the last step."""
         if self._versions != self._versions_now():
-            # A graph would forget the norms at every replay, and an eager step before the first would not.
+            # A graph that drops them would do so at every replay.
             capture.refuse(self._layout.devices, "weights changed since the last step")
             self.weights_changed()
 
@@ -138,7 +143,7 @@ class Engine:
         return [version(p) for bucket in self._layout.buckets for p in bucket.params]
 
     def norms(self, kind: str) -> dict[Tensor, Tensor] | None:
-        """By parameter, of the last step that took any: its "gradient" or "weight" norm, or its trust "ratio"."""
+        """Each parameter's "gradient" norm, "weight" norm or trust "ratio" of the last step that computed it."""
         found: dict[Tensor, Tensor] = {}
         for device in self.devices:
             norms = device.norms(kind)

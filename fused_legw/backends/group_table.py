@@ -1,4 +1,4 @@
-"""The tables of param groups and of their schedules' milestones, as kernels read them."""
+"""The tables in which kernels read param groups and the milestones of their schedules."""
 
 from __future__ import annotations
 
@@ -17,23 +17,24 @@ _LR_KINDS = {torch.float32: TENSOR32, torch.float64: TENSOR64}
 
 
 class GroupTable:
-    """Both tables of one device. Their sizes hold as long as this object: another schedule makes another object."""
+    """Both tables of one device. Their sizes are fixed: another schedule needs another object."""
 
     def __init__(self, spec: OptimizerSpec, device: torch.device) -> None:
         self._spec, self._device = spec, device
         self._groups: DeviceTable | None = None
         self._milestones: DeviceTable | None = None
-        self._written = list[float](), list[int]()  # the values of both, as written last
-        self._options: int | None = None  # the generation of options that they are of
+        self._written = list[float](), list[int]()  # the last values of both
+        self._options: int | None = None  # the options' generation of these values
 
     @property
     def made(self) -> bool:
         return self._groups is not None
 
     def write(self, groups: Sequence[Group], options: int | None = None) -> tuple[Tensor, Tensor]:
-        """Both tables on the device, with the groups' values as they are now.
+        """Write the groups' current values. Returns both tables on the device.
 
-        options: grows by one whenever an option of any group changes: without a change nothing is worked out again.
+        options: the options' generation, a number that grows whenever an option of any group changes. If it has not
+        grown, the last values are used again.
         """
         if options is None or options != self._options:
             rows, on_device, milestones = self._rows(groups)
@@ -51,7 +52,7 @@ class GroupTable:
         return table, milestone_table
 
     def _rows(self, groups: Sequence[Group]) -> tuple[list[float], list[tuple[int, Tensor]], list[int]]:
-        """(the group table's values, the tensors on the device among them and their places, the milestones)."""
+        """(the group table's values, (index, tensor) of values that are tensors on the device, the milestones)."""
         rows, on_device, milestones = list[float](), list[tuple[int, Tensor]](), list[int]()
         for group in groups:
             own = group["schedule"].milestones if group["schedule"] is not None else ()
@@ -70,7 +71,7 @@ class GroupTable:
         return rows, on_device, milestones
 
     def _constants(self, group: Group) -> tuple[ScheduleConstants, Tensor | None]:
-        """Where the LR comes from: the constants of a schedule, a number, or a tensor on this device."""
+        """(constants, LR tensor on this device or None). A number and a tensor have kinds of their own."""
         lr, schedule = group["lr"], group["schedule"]
         if schedule is not None:
             constants: ScheduleConstants = schedule.constants

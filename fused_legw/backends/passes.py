@@ -1,14 +1,14 @@
-"""Which passes a step has, as data. Each pass is a launch per kernel on every device; order comes from launches alone.
+"""The passes of a step, as data. Each pass launches its kernel on every device; launches run in order.
 
     SGD, Adam, AdamW        update
     LARS                    norms (of gradients and updates), update
     LAMB                    norms (of gradients and updates, and the moments advance), update
     AdamP                   projection, update
 
-With clipping or `skip_nonfinite`, and with our GradScaler, a step needs the global norm before it updates anything.
-LARS takes it in its norm pass. The others have a pass of their own for it, which stands first. LARS has one too where
-it clips and its ratio needs clipped gradients: the norm of clipped gradient plus decay is summed directly (three
-expanded sums would cancel), and so only once the clip factor is known.
+With clipping, `skip_nonfinite` or our GradScaler, a step needs the global norm before it updates anything. LARS takes
+it in its norm pass. The others have an extra pass for it, which comes first. LARS has that pass too if it clips and its
+ratio needs clipped gradients: the norm of clipped gradient plus weight decay is summed directly, after the clip factor
+is known. (Expanded into three sums, it would suffer from cancellation.)
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ class Pass(NamedTuple):
     """One pass over all tensors."""
 
     kind: str  # "norms", "projection" or "update"
-    of: frozenset[str] = frozenset()  # what a norm pass takes norms of: "gradients"; "updates", and weights with them
-    clipped: bool = False  # a norm pass reads clipped gradients; an update's trust ratios are of such norms
+    of: frozenset[str] = frozenset()  # tensors of a norm pass: "gradients", "updates" (with them weights), or both
+    clipped: bool = False  # norm pass: it reads clipped gradients; update: its trust ratios come from such a pass
 
 
 def passes(spec: OptimizerSpec, groups: Sequence[Group], *, clips: bool, global_norm: bool) -> tuple[Pass, ...]:
-    """The passes of one step in their order. clips: some group clips. global_norm: clipping or skipping asks for it."""
+    """The passes of one step, in order. clips: some group clips. global_norm: clipping or skipping needs it."""
     clipped_first = clips and any(map(spec.needs_clipped, groups))
     apart = clipped_first or (global_norm and spec.two_stage)
     found = list[Pass]()
@@ -42,10 +42,10 @@ def passes(spec: OptimizerSpec, groups: Sequence[Group], *, clips: bool, global_
 
 
 def needs(spec: OptimizerSpec, groups: Sequence[Group]) -> frozenset[object]:
-    """What the groups' options need of a step beyond values in the group table: states and passes.
+    """The states and passes that a step needs for the groups' options.
 
-    A captured step can go on with options that need no more than it has. What they need less is a value to it: a limit
-    of infinity clips nothing.
+    A captured step can follow options whose needs are a subset of its own. A pass that is no longer needed does no
+    harm: with an infinite limit clipping changes nothing.
     """
     found: set[object] = {(i, name) for i, group in enumerate(groups) for name in spec.used_states(group)}
     if spec.clips(groups):

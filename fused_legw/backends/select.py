@@ -1,4 +1,4 @@
-"""Which of the two backends runs a device's step, and why."""
+"""Selects the backend of a device, and says why."""
 
 from __future__ import annotations
 
@@ -17,16 +17,20 @@ def has_triton() -> bool:
 
 
 def interpreted() -> bool:
-    """Whether Triton's kernels run in its interpreter, on any device's tensors."""
+    """Whether Triton's kernels run in its interpreter. They then take tensors of any device."""
     return os.environ.get("TRITON_INTERPRET") == "1" and has_triton()
 
 
 def explain_backend(device: torch.device, wanted: str | None = None) -> tuple[str, str]:
-    """The backend a device's parameters get, and why; a ValueError where the wanted one cannot run there."""
+    """(name of the backend for a device, the reason).
+
+    Raises:
+        ValueError: the wanted backend is unknown or cannot run on the device.
+    """
     if wanted not in (None, "triton", "aten"):
         raise ValueError(f"backend must be 'triton', 'aten' or None, got {wanted!r}")
     if wanted == "aten":
-        return "aten", "asked for"
+        return "aten", "requested"
     if not has_triton():
         problem = "triton is not installed"
     elif interpreted():

@@ -1,1 +1,1 @@
-"""Where tensors live: flat buffers of parameters and state, and the gradients of a step."""
+"""Flat buffers of parameters and state, and the gradients of a step."""

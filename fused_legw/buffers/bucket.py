@@ -1,9 +1,8 @@
 """Flat buffers: the parameters of one (device, dtype) and their state, each tensor a segment that starts on a tile.
 
-A segment's parameter lives in the bucket's weight buffer, or stays where it is: with flatten=False, and where something
-else holds its storage too (cuDNN's RNN weights, a user's tensor), which would be left with a stale copy.
-State and masters always live in flat buffers of ours. Kernels reach parameters and gradients by address, so both kinds
-are updated by the same launch.
+A segment's parameter lives in the bucket's weight buffer. It stays where it is with flatten=False, or if something else
+holds its storage too (cuDNN's RNN weights, a user's tensor), which would keep a stale copy. State and masters always
+live in flat buffers. Kernels reach parameters and gradients by address, so one launch updates both kinds.
 """
 
 from __future__ import annotations
@@ -30,14 +29,14 @@ class Segment:
     first_tile: int
     first_chunk: int
     chunk_tiles: int  # tiles of a chunk
-    place: tuple[object, ...] = ()  # where the parameter was when adopted: see `place_of`
+    place: tuple[object, ...] = ()  # `place_of` the parameter when it was adopted
     state: dict[str, Tensor] = field(default_factory=dict)  # live views with the parameter's shape and strides
-    shown: set[str] = field(default_factory=set)  # names of those that optimizer.state holds
+    shown: set[str] = field(default_factory=set)  # names of the views that optimizer.state holds
     requested: bool = False  # whether a step at LR 0 created the state on purpose
 
     @property
     def moved(self) -> bool:
-        """Whether the parameter's memory is no longer what was adopted: `model.to`, `p.data = ...`."""
+        """Whether the parameter has other memory than when adopted, after `model.to` or `p.data = ...`."""
         return place_of(self.param) != self.place
 
 
@@ -51,11 +50,11 @@ def compute_dtype(dtype: torch.dtype) -> torch.dtype:
 
 
 def chunk_tiles(tiles: int, dtype: torch.dtype) -> int:
-    """How many tiles of a tensor share one partial norm, and the scalars of one update.
+    """The tiles in a chunk. They share one partial norm, and the scalars of one update.
 
-    A matter of the tensor alone, so that its norm has the same bits beside any others. At least 4: fewer partials to
-    add up. At most 4,096 partials a tensor, which every program that updates it adds up. In float64 a single tile: its
-    norm is stored as it is, where the squares of several could overflow.
+    Depends on the tensor alone, so that its norm has the same bits whatever other tensors there are. At least 4, for
+    fewer partial norms. At most 4,096 chunks per tensor, because every program that updates it sums all of them. In
+    float64 a single tile, because a sum of squares over several could overflow.
     """
     if dtype == torch.float64:
         return 1
@@ -66,9 +65,9 @@ def chunk_tiles(tiles: int, dtype: torch.dtype) -> int:
 
 
 def may_move(p: Tensor) -> bool:
-    """Whether the parameter has its storage to itself: no other view, tensor, process or library refers to it.
+    """Whether no other view, tensor, process or library refers to the parameter's storage.
 
-    Any other holder would be left with a stale copy, so where in doubt the parameter stays where it is.
+    Any other holder would keep a stale copy. If in doubt, the parameter stays where it is.
     """
     storage = p.untyped_storage()
     return (
@@ -96,14 +95,13 @@ class Bucket:
             self.segments.append(Segment(p, group, self.n_tiles, len(owner), size))
             owner += [i] * -(-tiles // size)
             self.n_tiles += tiles
-        # On tables_device: the segment of each chunk, int32; each segment's counted updates, int64; the same in torch's
-        # form, float32, where optimizer.state has a "step".
-        self.chunks = torch.tensor(owner, dtype=torch.int32, device="cpu").to(tables_device)
-        self.tensor_steps = torch.zeros(len(params), dtype=torch.int64, device=tables_device)
-        self.torch_steps: Tensor | None = None
+        # On tables_device:
+        self.chunks = torch.tensor(owner, dtype=torch.int32, device="cpu").to(tables_device)  # the segment of each
+        self.tensor_steps = torch.zeros(len(params), dtype=torch.int64, device=tables_device)  # updates, per segment
+        self.torch_steps: Tensor | None = None  # the same as float32, if optimizer.state has a "step"
         self.waiting = set(range(len(params)))  # segments whose state optimizer.state does not hold yet
         self.weights: Tensor | None = None  # the flat buffer of the parameters that may move
-        self.state: dict[str, Tensor] = {}  # flat buffers by name, in the compute dtype; MASTER's hold float32 masters
+        self.state: dict[str, Tensor] = {}  # flat buffers by name, in the compute dtype; MASTER: the masters
 
     def _tiles_of(self, p: Tensor) -> int:
         return -(-p.numel() // self.tile)
@@ -115,7 +113,7 @@ class Bucket:
     @torch.inference_mode(False)
     @torch.no_grad()
     def add_state(self, name: str) -> None:
-        """A flat buffer for one kind of state, and each segment's view of it; zero, but for the masters."""
+        """Add a flat buffer for one kind of state, with a view for each segment. Zeros, except for masters."""
         if name in self.state:
             return
         size = self.n_tiles * self.tile
@@ -127,37 +125,38 @@ class Bucket:
                 segment.state[name].copy_(p)
 
     def show_steps(self) -> None:
-        """A view for each segment of its counted updates, in torch's form: a float32 that stops at 2^24."""
+        """Give each segment a view of its update count in torch's form: a float32, which stops at 2^24."""
         self.torch_steps = torch.zeros(len(self.segments), dtype=torch.float32, device=self.tensor_steps.device)
         for segment, view in zip(self.segments, self.torch_steps.unbind(), strict=True):
             segment.state[STEP] = view
 
     def set_steps(self, steps: Sequence[int]) -> None:
+        """Write every segment's update count."""
         self.tensor_steps.copy_(torch.tensor(steps, dtype=torch.int64, device="cpu"))
         if self.torch_steps is not None:
             self.torch_steps.copy_(self.tensor_steps)
 
-    def count(self, rows: slice | list[int], steps: int) -> None:
-        """Write the counted updates of some segments."""
+    def set_steps_of(self, rows: slice | list[int], steps: int) -> None:
+        """Write one update count for some segments."""
         for column in (self.tensor_steps, self.torch_steps):
             if column is not None:
-                column.numpy()[rows] = steps  # a tensor's own assignment takes ten times as long
+                column.numpy()[rows] = steps  # ten times as fast as assigning to the tensor
 
     def steps_are_ours(self) -> bool:
-        """Whether the user has written no number to a "step"."""
+        """Whether no other code has written to a "step"."""
         return self.torch_steps is None or torch.equal(self.tensor_steps.float(), self.torch_steps)
 
     def exact_steps(self) -> list[int]:
-        """Each segment's counted updates; where the user wrote another number to its "step", that. Reads the device."""
+        """Each segment's update count, or the number that other code wrote to its "step". Reads the device."""
         if self.torch_steps is None:
             return self.tensor_steps.tolist()
         same = self.tensor_steps.float() == self.torch_steps
         return torch.where(same, self.tensor_steps, self.torch_steps.long()).tolist()
 
     def adopt(self, *, flatten: bool) -> None:
-        """Point the parameters that may move into one buffer (if flatten), and note where each one is.
+        """Move the parameters that may move into one buffer (if flatten), and note where each one is.
 
-        Peak memory: the buffer beside the parameters, whose old storages are then let go one by one.
+        Peak memory: the buffer plus the parameters, whose old storages are then freed one by one.
         """
         movable = [segment.param for segment in self.segments if flatten and may_move(segment.param)]
         if movable:
@@ -179,8 +178,8 @@ class Bucket:
         self._sizes = list(map(Tensor.numel, self.params))
         self._contiguous = all(map(Tensor.is_contiguous, self.params))
 
-    # Every step asks what follows, so it is done in a few passes at the speed of C, a Python call for none of the
-    # tensors. A parameter given another shape at the same address is seen by the gradient that then comes with it.
+    # Every step runs the checks below, so each is a few passes at the speed of C, without a Python call per tensor.
+    # They do not notice a new shape at the same address, but the gradient that then comes has that shape too.
 
     @property
     def moved(self) -> bool:
@@ -188,9 +187,10 @@ class Bucket:
         return list(map(Tensor.data_ptr, self.params)) != self.addresses
 
     def in_order(self, tensors: list[Tensor]) -> bool:
-        """Whether each of these, one per segment, has its parameter's elements in its parameter's order.
+        """Whether each tensor, one per segment, has the size of its parameter and its elements in the same order.
 
-        RuntimeError for sparse tensors, which have no strides.
+        Raises:
+            RuntimeError: a tensor is sparse and so has no strides.
         """
         ordered = (
             all(map(Tensor.is_contiguous, tensors))

@@ -1,7 +1,7 @@
-"""The gradients of a step: read as they are where that is possible, and told apart from those of the last step.
+"""Reads the gradients of a step, and notices whether their layout is that of the last step.
 
-Every step has new gradients, which mostly look like the last ones: the same are there, and their types, dtypes,
-devices, shapes and strides are the same. What a step works out from that can be kept for as long as it is so.
+Every step has new gradients. Mostly the same parameters have one, with the same types, dtypes, devices, shapes and
+strides: the same layout. Results that depend on the layout alone are kept until it changes.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ _PLAIN_KINDS, _PLAIN_DTYPES = {Tensor, type(None)}, set(DTYPES)
 
 
 class PythonGuards:
-    """Stands in for torch's `TensorGuards` where there is none, in Python's time."""
+    """A slower substitute for torch's `TensorGuards`, for versions of torch without that class."""
 
     def __init__(self, *tensors: Tensor, **_: Any) -> None:
         self._seen = self._see(tensors)
@@ -37,17 +37,17 @@ class PythonGuards:
     def check(self, *tensors: Tensor) -> bool:
         try:
             return self._see(tensors) == self._seen
-        except (RuntimeError, TypeError):  # something without strides
+        except (RuntimeError, TypeError):  # a tensor without strides
             return False
 
 
 class GradientLayout:
-    """Which of a list of gradients there are, and the types, dtypes, devices, shapes and strides of those."""
+    """Which gradients of a list are not None, and their types, dtypes, devices, shapes and strides."""
 
     guards: Any = TensorGuards or PythonGuards
 
     def __init__(self, gradients: Sequence[Tensor | None]) -> None:
-        """The gradients themselves are not kept."""
+        """Does not keep the gradients."""
         self._there = self._which(gradients)
         self._all = all(self._there)
         present = compress(gradients, self._there)
@@ -58,7 +58,7 @@ class GradientLayout:
         return list(map(operator.is_not, gradients, repeat(None)))
 
     def fits(self, gradients: Sequence[Tensor | None]) -> bool:
-        """Whether these, as many as there were, look the same."""
+        """Whether these gradients have this layout. There must be as many."""
         if self._all:
             return bool(self._guards.check(*gradients))
         there = self._which(gradients)
@@ -66,7 +66,7 @@ class GradientLayout:
 
 
 def _plain(bucket: Bucket, gradients: list[Tensor | None]) -> bool:
-    """Whether every gradient there is can be read as it is, in the order of its parameter's elements."""
+    """Whether kernels can read every gradient as it is, in the order of its parameter's elements."""
     kinds = set(map(type, gradients))
     if not kinds <= _PLAIN_KINDS:
         return False
@@ -84,7 +84,7 @@ def _plain(bucket: Bucket, gradients: list[Tensor | None]) -> bool:
 
 
 def in_layout_of(p: Tensor, gradient: Tensor) -> Tensor:
-    """The gradient with its parameter's strides: itself, or a copy where it is expanded, transposed, sliced, ..."""
+    """The gradient with its parameter's strides. A copy if it is expanded, transposed, sliced, ..."""
     if gradient.stride() == p.stride() or (gradient.is_contiguous() and p.is_contiguous()):
         return gradient
     return torch.empty_strided(p.shape, p.stride(), dtype=gradient.dtype, device=gradient.device).copy_(gradient)
@@ -93,27 +93,27 @@ def in_layout_of(p: Tensor, gradient: Tensor) -> Tensor:
 class GradientSet(NamedTuple):
     """The gradients that one step uses."""
 
-    by_bucket: list[list[Tensor | None]]  # one entry per segment, in its parameter's layout; None: does not move
+    by_bucket: list[list[Tensor | None]]  # an entry per segment, in its parameter's layout; None: it does not move
     moving: list[Tensor]  # the parameters with a gradient
-    generation: int  # grows by one whenever the gradients look other than the last ones
+    generation: int  # grows by one whenever the layout differs from the last step's
 
 
 class GradientReader:
-    """Reads the gradients of the parameters in some buckets, and shows the state that an update of each needs."""
+    """Reads the gradients of the parameters in some buckets, and shows the state that their updates need."""
 
     def __init__(self, spec: OptimizerSpec, groups: list[Group], buckets: Sequence[Bucket], views: StateViews) -> None:
         self._spec, self._groups, self._buckets, self._views = spec, groups, buckets, views
-        self._used = list[tuple[str, ...]]()  # the state that each group used in the last step
-        self._options: int | None = None  # the generation of options that this is of
-        self._layouts = list[GradientLayout]()  # of the last gradients, by bucket, if all were used as they came
-        self._moving = list[Tensor]()  # the parameters that had those
+        self._used = list[tuple[str, ...]]()  # names of the state that each group used in the last step
+        self._options: int | None = None  # the options' generation when `_used` was made
+        self._layouts = list[GradientLayout]()  # the last layout of each bucket, if all gradients were used unchanged
+        self._moving = list[Tensor]()  # the parameters that had these gradients
         self._generation = 0
 
     def read(self, frozen: set[int], options: int, *, checked: bool = False) -> GradientSet | None:
-        """The gradients as they are now; None where one cannot be read as it is, unless all were `checked`.
+        """The current gradients. None if one must be converted first and they are not `checked` yet.
 
-        frozen: groups whose state is made, but which do not move. options: grows by one whenever an option of any group
-        changes.
+        frozen: groups whose state is created, but which do not move.
+        options: the options' generation, a number that grows whenever an option of any group changes.
         """
         raw: list[list[Tensor | None]] = [[p.grad for p in bucket.params] for bucket in self._buckets]
         if not frozen and self.alike(raw):
@@ -124,19 +124,19 @@ class GradientReader:
             return None
         self._show_state(raw, options)
         self._generation += 1
-        as_they_came = plain and not frozen
-        self._layouts = list(map(GradientLayout, raw)) if as_they_came else []
-        found = raw if as_they_came else [*map(self._of_moving, self._buckets, raw, repeat(frozen))]
+        unchanged = plain and not frozen
+        self._layouts = list(map(GradientLayout, raw)) if unchanged else []
+        found = raw if unchanged else [*map(self._of_moving, self._buckets, raw, repeat(frozen))]
         params = chain.from_iterable(bucket.params for bucket in self._buckets)
         self._moving = [p for p, g in zip(params, chain.from_iterable(found), strict=True) if g is not None]
         return GradientSet(found, self._moving, self._generation)
 
     def alike(self, raw: list[list[Tensor | None]]) -> bool:
-        """Whether gradients look like the last step's, all of which were used as they came."""
+        """Whether gradients have the layout of the last step, whose gradients were all used unchanged."""
         return bool(self._layouts) and all(map(GradientLayout.fits, self._layouts, raw))
 
     def _show_state(self, raw: list[list[Tensor | None]], options: int) -> None:
-        """Let optimizer.state hold what the tensors that have a gradient need."""
+        """Let optimizer.state show the state that parameters with a gradient need."""
         if options != self._options:
             self._options = options
             step = (STEP,) if self._spec.counts_steps else ()

@@ -1,4 +1,4 @@
-"""Where the tensors of one optimizer live: built from its parameters and state, rebuilt whole when anything moved."""
+"""The buckets of one optimizer. They are built from its parameters and state, and rebuilt when anything moved."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from .state import State, StateViews
 
 
 def named_params(groups: list[Group]) -> list[tuple[str, Tensor, int]]:
-    """(name, parameter, group) of all parameters."""
+    """(name, parameter, index of its group) of all parameters."""
     named = []
     for i, group in enumerate(groups):
         names = group.get("param_names") or [f"param_groups[{i}]['params'][{j}]" for j in range(len(group["params"]))]
@@ -24,7 +24,7 @@ def named_params(groups: list[Group]) -> list[tuple[str, Tensor, int]]:
 
 
 class Layout:
-    """The buckets of an optimizer's parameters, what its state shows of them, and what reads their gradients."""
+    """An optimizer's buckets, the views of them in its state, and the reader of its gradients."""
 
     def __init__(
         self,
@@ -38,9 +38,10 @@ class Layout:
         tile: int,
         previous: Layout | None,
     ) -> None:
-        """groups, state: the optimizer's own.
+        """Build the buckets.
 
-        on_host: the devices whose tables and counts the host keeps, because ATen makes their steps.
+        groups, state: the optimizer's param groups and state.
+        on_host: the devices whose tables and counts the host keeps, because ATen runs their steps.
         previous: the layout that this one replaces.
         """
         self._groups = groups
@@ -60,7 +61,7 @@ class Layout:
             self.buckets.append(bucket)
         self.views: StateViews = StateViews(spec, groups, state, self.buckets, steps)
         self.gradients = GradientReader(spec, groups, self.buckets, self.views)
-        # The weight buffers, made here or earlier, in which a parameter lives.
+        # The weight buffers, of this and earlier layouts, in which a parameter still lives.
         made = [bucket.weights for bucket in self.buckets if bucket.weights is not None]
         made += previous._weights if previous else []
         in_use = {p.untyped_storage().data_ptr() for _, p, _ in named_params(groups)}
@@ -74,7 +75,10 @@ class Layout:
         self._built_for = [(group["schedule"], Same(list(group["params"]))) for group in self._groups]
 
     def stale(self, groups: list[Group], state: State, *, thorough: bool = False) -> bool:
-        """Whether anything is not what or where it was. Every step asks. thorough: look at more than addresses."""
+        """Whether groups, schedules, parameters or state were replaced or moved. Every step calls this.
+
+        thorough: compare dtypes, shapes and strides of parameters too, not only their addresses.
+        """
         if groups is not self._groups or len(groups) != len(self._built_for):
             return True
         for group, (schedule, params) in zip(groups, self._built_for, strict=True):
@@ -85,11 +89,11 @@ class Layout:
         return thorough and any(segment.moved for bucket in self.buckets for segment in bucket.segments)
 
     def follow(self) -> None:
-        """Take the groups' schedules as they are now for those this was built for: they fit its tables."""
+        """Accept the groups' new schedules without a rebuild, because they fit the tables."""
         self._note_groups()
 
     def unflatten(self) -> None:
-        """Give every parameter that lives in a buffer made here, or in an earlier layout, a storage of its own."""
+        """Give every parameter in a weight buffer, of this or an earlier layout, a storage of its own."""
         made = {weights.data_ptr() for weights in self._weights}
         for bucket in self.buckets:
             for p in bucket.params:

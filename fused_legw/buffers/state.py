@@ -1,4 +1,4 @@
-"""What optimizer.state shows of the flat buffers: a live view of each segment's part."""
+"""Shows the flat buffers in optimizer.state, as live views of each segment's part."""
 
 from __future__ import annotations
 
@@ -18,18 +18,18 @@ State = dict[Tensor, dict[str, Any]]  # torch.optim's
 
 
 def _entries_changed(segment: Segment, state: State, names: tuple[str, ...]) -> bool:
-    """Whether someone else replaced, added or removed entries of the optimizer's state. names: those of its spec."""
+    """Whether other code replaced, added or removed a segment's state. names: the states of the spec."""
     own = state.get(segment.param, {})
-    for name, view in segment.state.items():  # a generator would cost each step more
+    for name, view in segment.state.items():  # a loop, because a generator is slower
         if own.get(name) is not (view if name in segment.shown else None):
             return True
-    if len(own) > len(segment.shown):  # given where this layout made no room: momentum while that is 0, say
+    if len(own) > len(segment.shown):  # other code may have added state without a buffer: momentum_buffer at momentum=0
         return any(own.get(name) is not None and name not in segment.state for name in names)
     return False
 
 
 class StateViews:
-    """The optimizer's state as views of its buckets, and whether someone else has changed it since."""
+    """Keeps views of the buckets in the optimizer's state, and notices changes by other code."""
 
     def __init__(
         self,
@@ -39,14 +39,16 @@ class StateViews:
         buckets: Sequence[Bucket],
         steps: Mapping[Tensor, int],
     ) -> None:
-        """Copy into the buckets what `state` holds, and let it hold the views.
+        """Copy `state` into the buckets, and put views of them in its place.
 
-        groups, state: the optimizer's own. steps: counted updates that are known better than `state` shows them.
+        groups, state: the optimizer's param groups and state.
+        steps: known update counts of parameters. They take precedence over the float32 counts in `state`.
         """
         self._spec, self._groups, self._state, self._buckets = spec, groups, state, buckets
-        # What `state` held when it was last looked at: its keys and dicts; the dicts' values, and live views of them.
-        self._dicts, self._values = Same(), Same()
-        self._value_views = list[ValuesView[object]]()
+        # The content of `state` when `changed` last compared it entry by entry:
+        self._dicts = Same()  # its keys and dicts
+        self._values = Same()  # the values of these dicts
+        self._value_views = list[ValuesView[object]]()  # live views of the dicts' values
         for bucket in buckets:
             self._take(bucket, steps)
 
@@ -69,13 +71,13 @@ class StateViews:
         bucket.set_steps(counted)
 
     def _counted(self, state: dict[str, Any]) -> int:
-        """The counted updates of a state from outside. SGD's tells only whether there were any."""
+        """The update count of a state from elsewhere. SGD's state only shows whether there was any update."""
         if self._spec.counts_steps:
             return int(state.get(STEP, 0))
         return int(any(state.get(name) is not None for name in self._spec.states))
 
     def show(self, bucket: Bucket, segment: Segment, names: tuple[str, ...]) -> None:
-        """Let the optimizer's state hold what an update of this segment needs."""
+        """Put the views that an update of this segment needs into the optimizer's state."""
         for name in names:
             if name not in segment.state:
                 capture.refuse([bucket.device], f"{name} does not exist yet")
@@ -86,7 +88,7 @@ class StateViews:
                 self._state[segment.param][name] = segment.state[name]
 
     def changed(self, state: State) -> bool:
-        """Whether someone else changed the optimizer's state. Entry by entry only where it holds other objects."""
+        """Whether other code changed the optimizer's state. Compares entries only if some object was replaced."""
         if state is not self._state:
             return True
         dicts = [*state, *state.values()]
@@ -100,7 +102,7 @@ class StateViews:
         return False
 
     def steps(self, state: State) -> dict[Tensor, int]:
-        """Counted updates by parameter, of those whose `state` is still our views. Reads the device."""
+        """The update counts of all parameters whose `state` is still our views. Reads the device."""
         return {
             segment.param: count
             for bucket in self._buckets
@@ -111,7 +113,7 @@ class StateViews:
     def fresh(self, *, include_requested: bool = True) -> set[Tensor]:
         """Parameters whose state was allocated but never updated. Reads the device.
 
-        include_requested: also those whose state a step at LR 0 created on purpose.
+        include_requested: False leaves out state that a step at LR 0 created on purpose.
         """
         return {
             segment.param

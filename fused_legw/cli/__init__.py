@@ -1,1 +1,1 @@
-"""The command line."""
+"""The command line: `fused-legw plan`, `verify`, `info` and `demo`."""

@@ -1,4 +1,4 @@
-"""`fused-legw info`: which versions and devices there are, and what runs on each."""
+"""`fused-legw info`: prints versions, devices, and the backend of each device."""
 
 from __future__ import annotations
 
@@ -12,10 +12,9 @@ import torch
 from .. import __version__
 from ..backends import select
 
-# info
-
 
 def run_info(args: argparse.Namespace) -> int:
+    """Run the command; returns the exit status."""
     names = ["cpu", *(f"cuda:{i}" for i in range(torch.cuda.device_count()))]
     devices = []
     for name in names:

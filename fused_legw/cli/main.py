@@ -16,11 +16,11 @@ from .verify import add_verify
 
 
 def _add_demo(parser: argparse.ArgumentParser) -> None:
-    # Only for this command: it imports what the others do not need.
+    # Imported here, because only this command needs its dependencies.
     try:
         demo = importlib.import_module("fused_legw.demo.program")
     except ImportError as error:
-        raise UsageError(f"demo: {error}; pip install 'fused-legw[demo]'") from error
+        raise UsageError(f"demo needs its extra, pip install 'fused-legw[demo]': {error}") from error
     demo.add_arguments(parser)
     parser.set_defaults(run=demo.run)
 
@@ -58,7 +58,14 @@ def _run(argv: Sequence[str]) -> int:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line; returns the exit status. Raises SystemExit(2) for arguments that make no sense."""
+    """Run the command line.
+
+    Returns:
+        The exit status.
+
+    Raises:
+        SystemExit: with status 2, for arguments that are not valid.
+    """
     argv = sys.argv[1:] if argv is None else argv
     try:
         try:
@@ -71,7 +78,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print("fused-legw: interrupted", file=sys.stderr)
         return 130
     except BrokenPipeError:
-        # The reader went away (`| head`); what Python still holds for it must not raise at exit.
+        # The reader is gone (`| head`). Python's remaining output must not raise at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
     except OSError as error:

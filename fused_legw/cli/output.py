@@ -1,4 +1,4 @@
-"""How the command line speaks: errors in one line, and tables."""
+"""Output of the command line: errors in one line, and tables."""
 
 from __future__ import annotations
 
@@ -9,10 +9,12 @@ from typing import Any, NoReturn
 
 
 class UsageError(Exception):
-    """What the user asked for makes no sense; the message names the argument and its value."""
+    """The arguments are not valid. The message names the argument and its value."""
 
 
 class Parser(argparse.ArgumentParser):
+    """A parser whose errors take one line, without the usage text."""
+
     def error(self, message: str) -> NoReturn:
         self.exit(2, f"fused-legw: error: {message}\n")
 
@@ -28,7 +30,7 @@ def option(name: str) -> str:
 
 
 def valid(make: Any, *args: Any, note: str = "", **kwargs: Any) -> Any:
-    """make(...), its ValueError turned into one that names the option: its messages start with the argument's name."""
+    """Call `make`. Turns its ValueError into a UsageError, and the argument's name at its start into the option's."""
     try:
         return make(*args, **kwargs)
     except ValueError as error:

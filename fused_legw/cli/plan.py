@@ -1,4 +1,4 @@
-"""`fused-legw plan`: a tuned recipe at other batch sizes."""
+"""`fused-legw plan`: takes a tuned recipe to other batch sizes."""
 
 from __future__ import annotations
 
@@ -20,20 +20,18 @@ from .output import UsageError, option, table, valid
 _DECAYS = {name.lower(): decay for name, decay in DECAYS.items()}
 
 
-# plan
-
-
 def add_plan(parser: argparse.ArgumentParser) -> None:
-    recipe = parser.add_argument_group("the recipe, tuned at its own batch size")
-    recipe.add_argument("--base-lr", type=float, required=True, help="peak LR")
-    recipe.add_argument("--base-batch-size", type=int, required=True, help="global batch, in samples")
-    recipe.add_argument("--base-warmup-epochs", type=float, required=True, help="0 for no warm-up")
-    recipe.add_argument("--dataset-size", type=int, required=True, help="samples per epoch")
-    recipe.add_argument("--epochs", type=float, help="length of the run; polynomial and cosine need it")
+    """Add the command's options."""
+    tuned = parser.add_argument_group("the recipe, tuned at its own batch size")
+    tuned.add_argument("--base-lr", type=float, required=True, help="peak LR")
+    tuned.add_argument("--base-batch-size", type=int, required=True, help="global batch, in samples")
+    tuned.add_argument("--base-warmup-epochs", type=float, required=True, help="0 for no warm-up")
+    tuned.add_argument("--dataset-size", type=int, required=True, help="samples per epoch")
+    tuned.add_argument("--epochs", type=float, help="length of the run; polynomial and cosine need it")
     parser.add_argument("--batch-size", type=int, nargs="+", required=True, metavar="B", help="batches to plan for")
     parser.add_argument("--scaling", choices=["sqrt", "linear", "none"], default="sqrt", help="of the peak LR")
     parser.add_argument("--decay", choices=_DECAYS, default="constant", help="after the warm-up")
-    # Without defaults, to tell what was given: an option of another decay is an error.
+    # Without defaults, so that an option of another decay can be noticed and refused.
     own = parser.add_argument_group("options of one decay", argument_default=argparse.SUPPRESS)
     own.add_argument("--milestones", type=float, nargs="*", metavar="E", help="multistep: epochs, increasing")
     own.add_argument("--factor", type=float, help="multistep: at each milestone")
@@ -72,16 +70,16 @@ def _decay(args: argparse.Namespace) -> Decay:
 
 def _schedules(args: argparse.Namespace) -> list[LEGW]:
     names = ("base_lr", "base_batch_size", "base_warmup_epochs", "dataset_size", "epochs", "scaling")
-    recipe = {name: getattr(args, name) for name in names}
+    tuned = {name: getattr(args, name) for name in names}
     decay = _decay(args)
     return [
-        valid(LEGW, **recipe, batch_size=batch, decay=decay, note=f" (--batch-size {batch})")
+        valid(LEGW, **tuned, batch_size=batch, decay=decay, note=f" (--batch-size {batch})")
         for batch in args.batch_size
     ]
 
 
 def _notes(s: LEGW) -> list[str]:
-    """What someone should know before they train by this plan."""
+    """Warnings about a plan, to be read before training by it."""
     notes = []
     if s.steps_per_epoch < 1:
         notes.append(f"larger than the data set of {s.dataset_size}: less than one update an epoch")
@@ -98,7 +96,7 @@ def _notes(s: LEGW) -> list[str]:
 
 
 def _noise_notes(schedules: Sequence[LEGW], critical: float) -> list[str]:
-    """Batches past the noise scale: there another doubling spends more samples than it saves updates."""
+    """Warnings about batches past the noise scale, where more samples are spent than updates saved."""
     notes = []
     for batch in (s.batch_size for s in schedules if s.batch_size > critical):
         updates, samples = time_and_samples(batch, critical)
@@ -110,6 +108,7 @@ def _noise_notes(schedules: Sequence[LEGW], critical: float) -> list[str]:
 
 
 def run_plan(args: argparse.Namespace) -> int:
+    """Run the command; returns the exit status."""
     schedules = _schedules(args)
     notes = [note for schedule in schedules for note in _notes(schedule)]
     critical = args.noise_scale
@@ -180,7 +179,7 @@ def _finish(ax: Any) -> None:
 
 
 def _draw_curve(ax: Any, batches: Sequence[int], critical: float) -> None:
-    """Updates against samples, both over the fewest possible, with the batches on the curve."""
+    """Draw updates against samples, both over the fewest possible, and the batches on that curve."""
     smooth = [time_and_samples(critical * 10 ** (i / 50), critical) for i in range(-75, 76)]
     ax.plot([samples for _, samples in smooth], [updates for updates, _ in smooth], color="black", lw=1)
     for i, batch in enumerate(batches):

@@ -1,4 +1,4 @@
-"""`fused-legw verify`: the fused optimizers against the float64 reference, on this machine."""
+"""`fused-legw verify`: checks the fused optimizers against the float64 reference on this machine."""
 
 from __future__ import annotations
 
@@ -9,10 +9,9 @@ from ..backends import select
 from ..verification import selfcheck
 from .output import UsageError, table
 
-# verify
-
 
 def add_verify(parser: argparse.ArgumentParser) -> None:
+    """Add the command's options."""
     parser.add_argument("--steps", type=int, default=200, help="scheduled updates of each run (default: 200)")
     parser.add_argument("--backend", choices=sorted(select.BACKENDS), help="only this one (default: all there are)")
     parser.add_argument("--case", choices=selfcheck.CASES, nargs="+", help="only these (default: all)")
@@ -27,6 +26,7 @@ def add_verify(parser: argparse.ArgumentParser) -> None:
 
 
 def run_verify(args: argparse.Namespace) -> int:
+    """Run the command; returns the exit status: 1 if a check failed."""
     if args.steps < 1:
         raise UsageError(f"--steps must be a positive integer, got {args.steps}")
     if args.backend == "triton" and not select.has_triton():

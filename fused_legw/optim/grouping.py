@@ -70,9 +70,7 @@ def _by_pattern(argument: str, patterns: str | Iterable[str], parameters: list[_
     for pattern in (patterns,) if isinstance(patterns, str) else patterns:
         matched = [p for p, names, _ in parameters if any(fnmatchcase(name, pattern) for name in names)]
         if not matched:
-            raise ValueError(
-                f"{argument}: the pattern {pattern!r} matches no parameter of {parameters[0].names[0]!r}, ..."
-            )
+            raise ValueError(f"{argument}: the pattern {pattern!r} matches no parameter")
         for p in matched:
             chosen.setdefault(p, f"{argument} {pattern!r}")
     return chosen

@@ -1,1 +1,1 @@
-"""What stands around a step: AMP, schedulers, the gradient noise scale."""
+"""Around a step: AMP, scheduler objects, the gradient noise scale."""

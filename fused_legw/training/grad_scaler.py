@@ -1,4 +1,4 @@
-"""A GradScaler whose inf check is the optimizer's own pass over the gradients."""
+"""A GradScaler that leaves its inf check to the optimizer's step."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from ..optim.base import FusedOptimizer
 
 
 class GradScaler(torch.amp.GradScaler):
-    """Drop-in for `torch.amp.GradScaler`: the same arguments and results, without its own read and write of gradients.
+    """Drop-in for `torch.amp.GradScaler`: the same arguments and results, without a pass of its own over gradients.
 
-    A fused optimizer's step divides by the scale as it updates. torch's scaler still reads and writes every gradient
-    before that, to look for values that are not finite; this one lets the step look, in the pass that also takes the
-    norms for clipping, LARS and LAMB. After an explicit `unscale_`, and with other optimizers, it is torch's.
+    A fused optimizer divides by the scale during its update. torch's scaler still reads and writes every gradient
+    before that, to find values that are not finite. With this class the step finds them, in the pass that also computes
+    the norms for clipping, LARS and LAMB. After an explicit `unscale_`, and with other optimizers, it works as torch's.
 
     >>> import torch
     >>> from fused_legw import SGD, GradScaler
@@ -35,7 +35,7 @@ class GradScaler(torch.amp.GradScaler):
         return found
 
     def step(self, optimizer: torch.optim.Optimizer, *args: Any, **kwargs: Any) -> float | None:
-        """As in torch.amp.GradScaler; the scale it lends the optimizer is taken back also after an error."""
+        """As in torch.amp.GradScaler. Removes the scale from the optimizer even after an error."""
         try:
             return super().step(optimizer, *args, **kwargs)
         finally:

@@ -1,4 +1,4 @@
-"""Where the norms come from that a `GradientNoiseScale` is fed with."""
+"""Measures the gradient norms that a `GradientNoiseScale` needs."""
 
 from __future__ import annotations
 
@@ -11,12 +11,10 @@ from torch import Tensor
 from ..checks import fail
 from .noise_scale import GradientNoiseScale
 
-# Where the norms come from
-
 
 def _norm(gradient: Tensor) -> Tensor:
     values = gradient.coalesce().values() if gradient.is_sparse else gradient
-    # In float64: on a CPU a float32 sum over 25 million elements comes out 0.1 % low.
+    # In float64, because on a CPU a float32 sum over 25 million elements is 0.1 % too low.
     norm: Tensor = torch.linalg.vector_norm(values, dtype=torch.float64)
     return norm
 
@@ -24,7 +22,7 @@ def _norm(gradient: Tensor) -> Tensor:
 def _square_sum(norms: list[Tensor]) -> Tensor:
     """The sum of squares of 0-dim tensors, in float64, on the first one's device."""
     if not norms:
-        raise RuntimeError("no gradient was seen since the last step()")
+        raise RuntimeError("run backward() before step(): no gradient was seen since the last step()")
     device = norms[0].device
     return torch.stack([x.to(device) for x in norms]).double().square().sum()
 
@@ -32,16 +30,17 @@ def _square_sum(norms: list[Tensor]) -> Tensor:
 class MicroBatchNorms:
     """Feeds a `GradientNoiseScale` from micro-batches that accumulate into `.grad`, on one process.
 
-    `.grad` shows only their sum, so a hook on every parameter measures what each backward pass adds: one read of the
-    gradient per micro-batch. `step` reads the sum once. Without this object nothing is measured and nothing costs.
+    `.grad` shows only the sum, so a hook on every parameter measures what each backward pass adds. That reads the
+    gradient once per micro-batch; `step` reads the sum once. Leaving the context removes the hooks, as `close` does.
 
     Args:
-        noise: with small_batch the samples of a micro-batch, and big_batch those of an update, a multiple of it.
-        params: the parameters that the update is made for.
-        mean_of_parts: True if each micro-batch's mean loss is divided by their number, so that `.grad` is the gradient
-            of the mean; False if it is not, and `.grad` is their sum.
+        noise: its small_batch is the samples of a micro-batch; its big_batch is those of an update, a multiple of it.
+        params: the parameters of the update.
+        mean_of_parts: True if each micro-batch's mean loss is divided by the number of micro-batches, so that `.grad`
+            is the gradient of the mean. False if `.grad` is the sum.
 
-    Raises ValueError naming the argument. It is a context manager: leaving it takes the hooks away, as `close` does.
+    Raises:
+        ValueError: naming the argument and its value.
 
     >>> w = torch.zeros(2, requires_grad=True)
     >>> noise = GradientNoiseScale(small_batch=1, big_batch=2)
@@ -63,22 +62,27 @@ class MicroBatchNorms:
             fail("params", [], "parameters that require gradients")
         self._mean_of_parts = mean_of_parts
         self._small: list[Tensor] = []
-        # A hook of a leaf runs once per backward pass, with all that the pass has for it: shared weights count once.
+        # A leaf's hook runs once per backward pass, with the whole gradient of that pass, also for shared weights.
         self._hooks = [p.register_hook(lambda gradient: self._small.append(_norm(gradient))) for p in self._params]
 
     def step(self, *, loss_scale: float | Tensor = 1.0) -> None:
-        """After an update's last backward pass, and before clipping or `zero_grad`. Waits for no device.
+        """Call after an update's last backward pass, before clipping and `zero_grad`. Waits for no device.
 
-        loss_scale: what the loss is multiplied by under AMP, `scaler.get_scale()`, while gradients are not unscaled.
+        Args:
+            loss_scale: `scaler.get_scale()` if gradients are still scaled by AMP.
+
+        Raises:
+            RuntimeError: there was no backward pass since the last call.
         """
         big = _square_sum([_norm(p.grad) for p in self._params if p.grad is not None])
-        # Each norm as that of a mean over its samples.
+        # Convert each norm to that of a mean over its samples.
         small_unit, big_unit = (self._parts, 1) if self._mean_of_parts else (1, 1 / self._parts)
         small = _square_sum(self._small) / self._parts
         self._small.clear()
         self._noise.update(small * small_unit**2 / loss_scale**2, big * big_unit**2 / loss_scale**2)
 
     def close(self) -> None:
+        """Remove the hooks."""
         for hook in self._hooks:
             hook.remove()
 
@@ -90,16 +94,17 @@ class MicroBatchNorms:
 
 
 class DistributedNorms:
-    """Feeds a `GradientNoiseScale` from the workers of DistributedDataParallel: a communication hook.
+    """Feeds a `GradientNoiseScale` from the workers of DistributedDataParallel, with a communication hook.
 
-    Each bucket is measured before the all-reduce and after it, the gradients are those without it. `step`, which every
-    worker calls once after each backward pass with communication, averages one number over the workers.
+    The hook measures each bucket before and after its all-reduce, and does not change gradients. Every worker calls
+    `step` once after each backward pass with communication; it averages one number over the workers.
 
     Args:
-        noise: with small_batch the samples of a worker, and big_batch those of all together.
-        process_group: the model's; None for the default one.
+        noise: its small_batch is the samples of one worker; its big_batch is those of all workers.
+        process_group: the model's process group; None for the default one.
 
-    Raises ValueError where the batches do not fit the number of workers.
+    Raises:
+        ValueError: the batch sizes do not fit the number of workers.
 
         norms = DistributedNorms(GradientNoiseScale(batch, batch * world_size))
         model.register_comm_hook(norms, DistributedNorms.hook)
@@ -130,7 +135,7 @@ class DistributedNorms:
         return allreduce_hook(self._group, bucket).then(after)
 
     def step(self, *, loss_scale: float | Tensor = 1.0) -> None:
-        """After the backward pass; see `MicroBatchNorms.step`. With NCCL it waits for no device."""
+        """Call after the backward pass; see `MicroBatchNorms.step`. With NCCL it waits for no device."""
         import torch.distributed
 
         small, big = _square_sum(self._small) / self._workers, _square_sum(self._big)

@@ -1,4 +1,4 @@
-"""The gradient noise scale (McCandlish et al. 2018, arXiv 1812.06162): how large a batch is worth it."""
+"""The gradient noise scale (McCandlish et al. 2018, arXiv 1812.06162) tells up to which batch size training gains."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ _STATE = "sums", "square_weight", "seen"
 
 
 def time_and_samples(batch_size: float, critical_batch_size: float) -> tuple[float, float]:
-    """(S / S_min, E / E_min): updates and samples to a given loss, over the fewest possible of either.
+    """(S / S_min, E / E_min): the updates S and the samples E that reach a given loss, each over the fewest possible.
 
-    They lie on (S / S_min - 1)(E / E_min - 1) = 1; at the critical batch size both are 2 (equation 2.11 of the paper).
-    The noise scale is the paper's estimate of that batch size.
+    They satisfy (S / S_min - 1)(E / E_min - 1) = 1; at the critical batch size both are 2 (equation 2.11 of the paper).
+    The noise scale estimates that batch size.
 
     >>> time_and_samples(100, 100), time_and_samples(300, 100)
     ((2.0, 2.0), (1.3333333333333333, 4.0))
@@ -28,21 +28,21 @@ def time_and_samples(batch_size: float, critical_batch_size: float) -> tuple[flo
 
 
 class GradientNoiseScale:
-    """tr(Sigma) / |G|^2 from squared gradient norms at two batch sizes: B_simple of McCandlish et al. 2018.
+    """Estimates the gradient noise scale tr(Sigma) / |G|^2, in samples, from gradient norms at two batch sizes.
 
-    G is the true gradient, Sigma the covariance of one sample's. Of every update with the squared norms s of gradients
-    over small_batch samples and b over big_batch of them (each the gradient of a *mean* loss),
+    G is the true gradient, and Sigma the covariance of a single sample's gradient. Let s be the squared norm of a
+    gradient over small_batch samples and b that over big_batch samples, both of a *mean* loss. Then
 
         tr(Sigma) = (s - b) / (1 / small_batch - 1 / big_batch)
         |G|^2 = (big_batch * b - small_batch * s) / (big_batch - small_batch)
 
-    are estimates without bias, either of which may be negative. Exponential averages of both are kept apart and
-    debiased; only their ratio is clamped. Nothing waits for a device until a figure is read.
+    are unbiased estimates, and may be negative. Each has a debiased exponential average of its own; only their ratio is
+    clamped. Nothing waits for a device until a result is read. The ratio is B_simple of McCandlish et al. 2018.
 
     Args:
-        small_batch, big_batch: in samples.
-        decay: of the averages, per update: 0.99 averages over some hundred updates, 0 takes the last one alone.
-        confidence: of `interval`.
+        small_batch, big_batch: the two batch sizes, in samples.
+        decay: decay of the averages per update. 0.99 averages over about 100 updates, 0 takes the last one only.
+        confidence: confidence level of `interval`.
 
     Raises:
         ValueError: naming the argument and its value.
@@ -64,17 +64,19 @@ class GradientNoiseScale:
         self.confidence = number("confidence", confidence)
         if self.confidence >= 1:
             fail("confidence", confidence, "below 1")
-        # Averages, not debiased, of 1, trace, |G|^2, and of the products trace^2, trace |G|^2, |G|^4.
+        # Averages of 1, trace, |G|^2, trace^2, trace |G|^2 and |G|^4, before debiasing.
         self._sums = torch.zeros(6, dtype=torch.float64, device="cpu")
         self._square_weight = torch.zeros((), dtype=torch.float64, device="cpu")  # sum of the squares of the weights
         self._seen = torch.zeros((), dtype=torch.int64, device="cpu")
 
     def update(self, small_sq_norm: float | Tensor, big_sq_norm: float | Tensor) -> None:
-        """Take the squared norms of one update: numbers, or 0-dim tensors on any device.
+        """Add the squared norms of one update. It does not count if one is not finite, as after an overflow under AMP.
 
-        Where either is not finite, as after an overflow under AMP, the update does not count.
+        Args:
+            small_sq_norm, big_sq_norm: numbers, or 0-dim tensors on any device.
 
-        Raises ValueError for what is neither, and for a negative number.
+        Raises:
+            ValueError: a norm is neither, or is a negative number.
         """
         small, big = _scalar("small_sq_norm", small_sq_norm), _scalar("big_sq_norm", big_sq_norm)
         device = next((x.device for x in (big, small) if x.device.type != "cpu"), self._sums.device)
@@ -94,7 +96,7 @@ class GradientNoiseScale:
         self._seen = self._seen + finite
 
     def _averages(self) -> list[float]:
-        """Debiased: [trace, |G|^2, trace^2, trace |G|^2, |G|^4]. Reads the device."""
+        """Debiased averages of [trace, |G|^2, trace^2, trace |G|^2, |G|^4]. Reads the device."""
         total, *sums = self._sums.tolist()
         if total == 0:
             raise RuntimeError("there is no noise scale before the first update(small_sq_norm, big_sq_norm)")
@@ -102,34 +104,38 @@ class GradientNoiseScale:
 
     @property
     def updates(self) -> int:
-        """How many updates counted. Reads the device."""
+        """The number of updates that counted. Reads the device."""
         return int(self._seen)
 
     @property
     def trace(self) -> float:
-        """The average estimate of tr(Sigma), which may be negative. Reads the device, as all that follow."""
+        """The average estimate of tr(Sigma); may be negative. Reads the device, as do all results.
+
+        Raises:
+            RuntimeError: there was no update yet, here and in all other results.
+        """
         return self._averages()[0]
 
     @property
     def grad_sq(self) -> float:
-        """The average estimate of |G|^2, which may be negative."""
+        """The average estimate of |G|^2; may be negative."""
         return self._averages()[1]
 
     @property
     def noise_scale(self) -> float:
-        """tr(Sigma) / |G|^2 in samples, each taken as 0 if negative; inf where |G|^2 is not above 0."""
+        """tr(Sigma) / |G|^2, in samples. A negative tr(Sigma) counts as 0; inf if |G|^2 is not above 0."""
         trace, grad_sq, *_ = self._averages()
         return max(trace, 0.0) / grad_sq if grad_sq > 0 else math.inf
 
     def interval(self) -> tuple[float, float]:
-        """(low, high) of the noise scale at `confidence`, by Fieller's theorem for a ratio of correlated averages.
+        """A confidence interval (low, high) of the noise scale, by Fieller's theorem for correlated averages.
 
-        It takes the updates' estimates for independent, and for distributed alike over the span of the average: while
-        the noise scale grows, it says where its recent average lies. (0, inf) as long as there are too few updates;
-        high is inf where |G|^2 cannot be told from 0.
+        It assumes that the updates' estimates are independent and alike over the span of the average. If the noise
+        scale grows, the interval is that of its recent average. With too few updates it is (0, inf). high is inf if
+        |G|^2 cannot be told from 0.
         """
         s, g, ss, sg, gg = self._averages()
-        # The effective number of updates; weighted variances are divided by (n - 1) / n, and means have 1 / n of them.
+        # The effective number of updates n. A mean's variance is the weighted variance over n - 1.
         n = float(self._sums[0]) ** 2 / float(self._square_weight)
         if n < 3:
             return 0.0, math.inf
@@ -142,24 +148,30 @@ class GradientNoiseScale:
         if a > 0 and g > 0:
             low, high = ((b + sign * math.sqrt(max(root, 0.0))) / a for sign in (-1, 1))
             return max(low, 0.0), max(high, 0.0)
-        # |G|^2 may be 0: the ratios outside of two bounds, or all.
+        # |G|^2 may be 0. Then the solution is all ratios, or those outside of two bounds.
         if root <= 0 or a >= 0:
             return 0.0, math.inf
         inner, outer = sorted((b + sign * math.sqrt(root)) / a for sign in (-1, 1))
         return (outer, math.inf) if inner < 0 < outer else (0.0, math.inf)
 
     def state_dict(self) -> dict[str, Any]:
-        """The averages as they are, and the batches that they belong to."""
+        """The averages, and the batch sizes and decay that they belong to."""
         batches = {"small_batch": self.small_batch, "big_batch": self.big_batch, "decay": self.decay}
         return {**batches, **{name: getattr(self, f"_{name}").clone() for name in _STATE}}
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
-        """Go on from averages of the same batches and decay; ValueError, before anything changes, for others."""
+        """Continue from the averages of a `state_dict`.
+
+        Raises:
+            ValueError: an entry is missing, or batch sizes or decay differ; nothing has changed.
+        """
         if missing := [name for name in ("small_batch", "big_batch", "decay", *_STATE) if name not in state_dict]:
             raise ValueError(f"state_dict must be what GradientNoiseScale.state_dict() gives, {missing} are missing")
         for name in "small_batch", "big_batch", "decay":
             if state_dict[name] != getattr(self, name):
-                raise ValueError(f"state_dict has {name}={state_dict[name]!r}, this one {getattr(self, name)!r}")
+                raise ValueError(
+                    f"state_dict has {name}={state_dict[name]!r}, but this one has {getattr(self, name)!r}"
+                )
         loaded = {name: torch.as_tensor(state_dict[name]) for name in _STATE}
         for name, value in loaded.items():
             if value.shape != (shape := getattr(self, f"_{name}").shape):
@@ -183,7 +195,7 @@ def _scalar(name: str, value: float | Tensor) -> Tensor:
 
 
 def _student(p: float, freedom: float) -> float:
-    """The p-quantile of Student's t: Abramowitz and Stegun 26.7.5, to 1 % from 3 degrees of freedom on."""
+    """The p-quantile of Student's t by Abramowitz and Stegun 26.7.5, to 1 % for 3 or more degrees of freedom."""
     z = NormalDist().inv_cdf(p)
     terms = (
         (z**3 + z) / 4,

@@ -1,1 +1,1 @@
-"""Fused optimizers held against their float64 references."""
+"""Checks of the fused optimizers against float64 references."""

@@ -1,4 +1,4 @@
-"""Checking a fused optimizer against its reference twin, schedule included, on the user's own parameters."""
+"""`verify`: compares a fused optimizer with its reference twin, schedule included, on the user's parameters."""
 
 from __future__ import annotations
 
@@ -16,46 +16,44 @@ from ..optim.base import FusedOptimizer
 from ..spec import group_lr
 
 Named = list[tuple[str, nn.Parameter]]
-_NONE_PROBABILITY = 1 / 8  # of a gradient that is missing this time
+_NONE_PROBABILITY = 1 / 8  # probability that a gradient is None in a step
 
 
 @dataclass(frozen=True)
 class TensorError:
-    """One tensor's error: the largest difference from the float64 reference over its largest value, over all steps."""
+    """The error of one tensor."""
 
     name: str
     shape: tuple[int, ...]
-    error: float
+    error: float  # the largest difference from the float64 reference, over the reference's largest value; of all steps
     tolerance: float
 
     @property
     def passed(self) -> bool:
+        """Whether the error is within the tolerance."""
         return self.error <= self.tolerance  # a NaN fails
 
 
 @dataclass(frozen=True)
 class Verification:
-    """What `verify` found.
+    """The result of `verify`. It prints as a table."""
 
-    lr_error: the largest difference of `get_last_lr()` from the schedule; must be 0. steps_applied: the updates the
-    optimizer counted; must be `steps`.
-    """
-
-    optimizer: str
+    optimizer: str  # name of the class
     backend: str
     dtype: str
-    steps: int
-    steps_applied: int
-    lr_error: float
+    steps: int  # updates made
+    steps_applied: int  # updates that the optimizer counted; must equal `steps`
+    lr_error: float  # the largest difference of `get_last_lr()` from the schedule; must be 0
     tensors: tuple[TensorError, ...]
 
     @property
     def passed(self) -> bool:
+        """Whether all steps counted, every LR was exact, and every tensor is within its tolerance."""
         return self.steps_applied == self.steps and self.lr_error == 0 and all(t.passed for t in self.tensors)
 
     @property
     def worst(self) -> TensorError:
-        """The tensor nearest to its tolerance, or furthest past it."""
+        """The tensor with the largest error relative to its tolerance."""
         return max(self.tensors, key=lambda t: (not t.passed, t.error / t.tolerance))
 
     def __str__(self) -> str:
@@ -87,25 +85,26 @@ def verify(
     device: torch.device | str | None = None,
     seed: int = 0,
 ) -> Verification:
-    """Run a fused optimizer beside its twin from `fused_legw.reference` in float64, and compare every step.
+    """Run a fused optimizer and its twin from `fused_legw.reference` in float64, and compare them at every step.
 
-    Both get the same random gradients, rounded to `dtype`; from the second step on one in eight is None. The twin has
-    the fused optimizer's param groups: hyper-parameters, learning rates and schedules.
+    Both get the same random gradients, rounded to `dtype`. From the second step on, one gradient in eight is None. The
+    twin has the same param groups: hyper-parameters, learning rates and schedules.
 
-    Tolerance, relative to each tensor's largest value: 1e-12 in float64. In the other dtypes at most twice the error
-    of the reference run in float32, its parameters rounded to the dtype after each step, and two units in the last
-    place, because two correct orders of rounding differ.
+    Errors are relative to each tensor's largest value. The tolerance is 1e-12 in float64. In other dtypes it is twice
+    the error of the reference run in float32, with parameters rounded to the dtype after each step, plus two units in
+    the last place: two correct orders of rounding differ.
 
     Args:
-        make_optimizer: given the list of parameters, returns the fused optimizer of exactly those.
-        module_or_shapes: a module, whose trainable parameters are copied (it does not change), or a list of shapes.
-        steps: how many updates.
-        dtype, device: of the parameters; by default on the module's device, or on the CPU.
-        seed: of the gradients, and of the parameters made from shapes. The global generators are left alone.
+        make_optimizer: takes a list of parameters and returns a fused optimizer of exactly these.
+        module_or_shapes: a module, whose trainable parameters are copied and do not change; or a list of shapes.
+        steps: number of updates.
+        dtype: dtype of the parameters.
+        device: device of the parameters; by default the module's, or the CPU.
+        seed: seed of the gradients, and of parameters made from shapes. The global generators are not used.
 
     Raises:
-        TypeError: `make_optimizer` returns no fused optimizer.
-        ValueError: naming the argument and its value; or the optimizer's parameters are not those it was given.
+        TypeError: `make_optimizer` does not return a fused optimizer.
+        ValueError: an argument is not valid, or the optimizer does not have exactly the given parameters.
 
     >>> from fused_legw import LEGW, SGD, verify
     >>> schedule = LEGW(0.1, 16, 0.5, batch_size=512, dataset_size=1280)
@@ -180,7 +179,7 @@ def _check(optimizer: object, params: list[nn.Parameter]) -> None:
 
 
 class _Twin:
-    """The reference optimizer of a fused one's class and param groups, on copies of the parameters in one dtype."""
+    """The reference twin of a fused optimizer, on copies of the parameters in one dtype."""
 
     def __init__(
         self,
@@ -189,7 +188,7 @@ class _Twin:
         dtype: torch.dtype,
         stored: torch.dtype | None = None,
     ) -> None:
-        """stored: what the parameters are rounded to after each step."""
+        """stored: the dtype that parameters are rounded to after each step."""
         self._stored = stored
         self.params = [nn.Parameter(p.detach().to(dtype, copy=True)) for p in params]
         copies = dict(zip(map(id, params), self.params, strict=True))
@@ -197,7 +196,7 @@ class _Twin:
         for group in optimizer.param_groups:
             lr = group["schedule"] or float(group["lr"])
             groups.append({**group, "lr": lr, "params": [copies[id(p)] for p in group["params"]]})
-        # Whatever the fused optimizer was made with; the twin ignores what is only layout, and takes schedules as `lr`.
+        # All options of the fused optimizer: the twin ignores those about layout. Schedules go to it as `lr`.
         options = {**optimizer.defaults, **optimizer._options, "skip_nonfinite": optimizer.skip_nonfinite}
         del options["schedule"]
         self.optimizer = _twin_class(optimizer)(groups, **options)
@@ -213,7 +212,7 @@ class _Twin:
 
 
 def _twin_class(optimizer: FusedOptimizer) -> Any:
-    """The reference's class of the same name; a subclass is checked against what it derives from."""
+    """The class of the same name in `reference`; for a user's subclass, that of its base class."""
     for base in type(optimizer).__mro__:
         twin = getattr(reference, base.__name__, None)
         if issubclass(base, FusedOptimizer) and isinstance(twin, type) and issubclass(twin, torch.optim.Optimizer):
@@ -222,7 +221,7 @@ def _twin_class(optimizer: FusedOptimizer) -> Any:
 
 
 def _gradients(params: Sequence[Tensor], steps: int, generator: torch.Generator) -> Iterator[list[Tensor | None]]:
-    """Each step's gradients: all at the first, later some are None, never all."""
+    """The gradients of each step. At the first none is None, later some are, but never all."""
     for step in range(steps):
         values = [torch.randn(p.shape, generator=generator, dtype=torch.float64).to(p) for p in params]
         absent = (torch.rand(len(params), generator=generator) < _NONE_PROBABILITY).tolist()
@@ -231,9 +230,9 @@ def _gradients(params: Sequence[Tensor], steps: int, generator: torch.Generator)
 
 
 class _Errors:
-    """The largest error of each tensor over the steps, and its largest value in float64.
+    """The largest error and the largest float64 value of each tensor over all steps.
 
-    Over the steps, not at the last one: a scalar that happens to end near 0 would make a large error of a small one.
+    Relative to its last value alone, the error of a scalar that ends near 0 would look large.
     """
 
     def __init__(self, params: Sequence[Tensor], exact: _Twin) -> None:
@@ -256,7 +255,7 @@ class _Errors:
 
 
 def _lr_error(optimizer: FusedOptimizer, t: int) -> float:
-    """How far the LR that the optimizer says it applied at its t-th update is from the schedule's."""
+    """The difference of the optimizer's reported LR at update t from the schedule's LR."""
     wanted = [group_lr(group, t) for group in optimizer.param_groups]
     return max(abs(a - b) for a, b in zip(optimizer.get_last_lr(), wanted, strict=True))
 

@@ -1,4 +1,4 @@
-"""Checking every fused optimizer on every backend that this machine has: what `fused-legw verify` runs."""
+"""The checks that `fused-legw verify` runs: every fused optimizer on every backend of this machine."""
 
 from __future__ import annotations
 
@@ -26,24 +26,24 @@ from .compare import verify
 Result = dict[str, Any]
 Job = tuple[str, str]  # case and dtype
 
-# What is checked, by name: the class, its base LR, and its other arguments.
+# By name of the case: the class, its base LR, and its other arguments.
 CASES: dict[str, tuple[type[FusedOptimizer], float, dict[str, Any]]] = {
     "SGD": (SGD, 0.05, dict(momentum=0.9, weight_decay=1e-3)),
     "LARS": (LARS, 2.0, dict(weight_decay=1e-3)),
     "Adam": (Adam, 2e-3, dict(weight_decay=1e-3)),
     "AdamW": (AdamW, 2e-3, dict()),
-    "AdamP": (AdamP, 2e-3, dict(weight_decay=0.1, delta=0.5)),  # so that a good part of the steps is projected
+    "AdamP": (AdamP, 2e-3, dict(weight_decay=0.1, delta=0.5)),  # options with which many steps are projected
     "LAMB": (LAMB, 5e-3, dict()),
 }
 DTYPES = {"float32": torch.float32, "float64": torch.float64, "bfloat16": torch.bfloat16, "float16": torch.float16}
 SHAPES = [(300, 65), (4097,), (1024,), (), (64, 3, 3, 3), (1,), (1000,), (0,), (17, 19, 23)]
 
-# The interpreter takes milliseconds for a tile: a few small ones, full and not, are what the time allows.
+# For the interpreter, which takes milliseconds per tile: a few small tiles, full ones and others.
 SMALL_SHAPES, SMALL_TILE = [(), (32,), (1,), (5, 9), (2, 3, 5), (31,), (8, 4), (0,)], 32
 
 
 def _groups(params: Sequence[Any], base_lr: float, steps: int) -> list[dict[str, Any]]:
-    """Param groups with a schedule each, every decay among them; `steps` runs past the end of each."""
+    """Param groups that cover every decay with a schedule each. `steps` updates run past the end of each schedule."""
     decays = (
         Constant(), MultiStep([2.5, 4, 6], 0.3), Exponential(0.7, 3), Exponential(0.7, 3, staircase=False),
         Polynomial(2), Polynomial(1.5, end_lr=base_lr / 50, span="whole"), Cosine(base_lr / 100),
@@ -74,7 +74,7 @@ def _check_here(backend: str, device: str, steps: int, jobs: Sequence[Job]) -> I
 
 
 def _check_interpreted(steps: int, jobs: Sequence[Job]) -> Iterator[Result]:
-    """Triton's kernels in its interpreter, which must be on before they are imported: each in a process of its own."""
+    """Run each job in a process of its own, because Triton's interpreter must be on before kernels are imported."""
     environment = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
     command = [sys.executable, "-m", "fused_legw", "verify", "--json", "--backend", "triton", "--steps", str(steps)]
 
@@ -95,7 +95,7 @@ def _check_interpreted(steps: int, jobs: Sequence[Job]) -> Iterator[Result]:
 
 
 def _jobs(cases: Sequence[str] | None, dtypes: Sequence[str] | None, *, slow: bool) -> list[Job]:
-    """What to check; by default everything, but in the interpreter float32, and two more dtypes for the first case."""
+    """The jobs to run, by default all. In the interpreter: float32, and two more dtypes for the first case."""
     some = {name: ["float32", "float64", "bfloat16"] if i == 0 else ["float32"] for i, name in enumerate(CASES)}
     return [(case, dtype) for case in cases or CASES for dtype in dtypes or (some[case] if slow else DTYPES)]
 
@@ -108,9 +108,9 @@ def check(
     cases: Sequence[str] | None = None,
     dtypes: Sequence[str] | None = None,
 ) -> Iterator[Result]:
-    """The results of every case in every dtype on every backend that this machine has.
+    """The results of every case in every dtype on every backend of this machine.
 
-    backend, cases, dtypes: only these. notes: gets what a reader of the results should know.
+    backend, cases, dtypes: run only these. notes: a list to which remarks for the reader are added.
     """
     if backend != "triton":
         yield from _check_here("aten", "cpu", steps, _jobs(cases, dtypes, slow=False))

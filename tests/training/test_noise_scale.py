@@ -126,7 +126,7 @@ def test_goes_on_from_its_state(tmp_path):
     before = second.state_dict()
     for wrong, message in (
         ({}, "are missing"),
-        ({**first.state_dict(), "small_batch": 2}, "state_dict has small_batch=2, this one 4"),
+        ({**first.state_dict(), "small_batch": 2}, "state_dict has small_batch=2, but this one has 4"),
         ({**first.state_dict(), "sums": torch.zeros(2)}, "must have shape"),
     ):
         with pytest.raises(ValueError, match=message):
