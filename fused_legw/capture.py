@@ -11,7 +11,7 @@ def capturing(device: torch.device) -> bool:
     """Whether work on the device's current stream is being captured into a CUDA graph."""
     if device.type != "cuda":
         return False
-    with torch.cuda.device(device):  # is_current_stream_capturing looks at the current device only
+    with torch.cuda.device(device):  # is_current_stream_capturing covers the current device only
         return torch.cuda.is_current_stream_capturing()
 
 

@@ -44,7 +44,7 @@ def count(name: str, value: object, *, zero: bool = False) -> int:
     return int(value)
 
 
-DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
+SUPPORTED_DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 
 
 def is_dense(p: Tensor) -> bool:
@@ -189,8 +189,8 @@ def _check_plain(name: str, x: Tensor) -> None:
         raise TypeError(f"{name} is a {type(x).__name__}: sharded and other subclass tensors are not supported")
     if x.layout != torch.strided:
         raise RuntimeError(f"{name} has layout {x.layout}: sparse tensors are not supported, only torch.strided")
-    if x.dtype not in DTYPES:
-        raise TypeError(f"{name} has dtype {x.dtype}: supported are {', '.join(map(str, DTYPES))}")
+    if x.dtype not in SUPPORTED_DTYPES:
+        raise TypeError(f"{name} has dtype {x.dtype}: supported are {', '.join(map(str, SUPPORTED_DTYPES))}")
 
 
 def check_step(label: str, value: Any) -> None:

@@ -14,14 +14,14 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..checks import DTYPES
+from ..checks import SUPPORTED_DTYPES
 from ..spec import Group, OptimizerSpec
 from ..torch_private import TensorGuards
 from .bucket import STEP, Bucket
 from .state import StateViews
 
 _DTYPE_OF, _DEVICE_OF = operator.attrgetter("dtype"), operator.attrgetter("device")
-_PLAIN_KINDS, _PLAIN_DTYPES = {Tensor, type(None)}, set(DTYPES)
+_PLAIN_KINDS, _PLAIN_DTYPES = {Tensor, type(None)}, set(SUPPORTED_DTYPES)
 
 
 class PythonGuards:

@@ -13,7 +13,7 @@ from ..optim.base import FusedOptimizer
 class FollowSchedule(LRScheduler):
     """A torch LRScheduler that changes nothing and reports the LR of the optimizer's schedule.
 
-    Lightning, Accelerate, the Trainer of Transformers and others want a scheduler beside the optimizer. The schedule
+    Lightning, Accelerate, the Trainer of Transformers and others want a scheduler besides the optimizer. The schedule
     itself counts applied updates, so it does not matter how often, when, or whether `step()` is called.
 
     `last_epoch` and `_step_count` count the calls of `step()`, as in every torch scheduler. The state dict holds only

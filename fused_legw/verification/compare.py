@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import reference
-from ..checks import DTYPES
+from ..checks import SUPPORTED_DTYPES
 from ..optim.base import FusedOptimizer
 from ..spec import group_lr
 
@@ -113,8 +113,8 @@ def verify(
     """
     if not isinstance(steps, int) or isinstance(steps, bool) or steps < 1:
         raise ValueError(f"steps must be a positive integer, got {steps!r}")
-    if dtype not in DTYPES:
-        raise ValueError(f"dtype must be one of {', '.join(map(str, DTYPES))}, got {dtype!r}")
+    if dtype not in SUPPORTED_DTYPES:
+        raise ValueError(f"dtype must be one of {', '.join(map(str, SUPPORTED_DTYPES))}, got {dtype!r}")
     generator = torch.Generator().manual_seed(seed)
     named = _parameters(module_or_shapes, dtype, device, generator)
     params = [p for _, p in named]
