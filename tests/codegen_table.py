@@ -7,6 +7,7 @@ Exit status 1 if the code of any variant breaks a rule.
 
 from __future__ import annotations
 
+import re
 import sys
 from collections.abc import Iterable, Sequence
 
@@ -66,11 +67,14 @@ _COLUMNS = (
     "fp64",
     "fp64 tiles",
     "barrier",
+    "full tile",
 )
 _NOTES = """
 wide loads, stores: of 16 bytes; on gfx942 also of 8, where elements have 2 and a lane has 4 of them
 fp64: arithmetic instructions. fp64 tiles: how often Triton's code mentions one; none but for float64 parameters
-barrier: whether one stands before the ticket, nothing read in between; - for kernels without a ticket"""
+barrier: whether one stands before the ticket, nothing read in between; - for kernels without a ticket
+full tile: what happens to one, in order. L, S: a load, a store; c: a change of layout, r: a reduction, in both of which
+    are barriers. A norm is three reductions, of which one is executed but for squares that overflow"""
 
 
 def compiled(target: str, variant: str) -> Compiled:
@@ -89,12 +93,36 @@ def accesses(variant: str, code: Compiled) -> tuple[int, int]:
     return code.wide("load", narrow=narrow), code.wide("store", narrow=narrow)
 
 
+def full_tiles(variant: str, code: Compiled) -> list[str]:
+    """What happens to a full tile, in order: in an update with all aligned, then with an unaligned gradient."""
+    kernel = VARIANTS[variant][0]
+    if kernel == "update":
+        return code.tile_bodies()[:-1]  # the last has masks
+    order = re.sub("[^LSrcm|]", "", code.order())
+    return [order[order.index("L") :]] if kernel == "norm" else []
+
+
+def _loads_wait(variant: str, order: str) -> bool:
+    """Whether a barrier stands before the last load of a full tile, or before its last store.
+
+    Not counted: the load of AdamP's factors, after some stores; a norm at the end, in the norm pass and where norms are
+    carried; before a store the change of layout of elements of 2 bytes among others of 4.
+    """
+    kernel, options, _, _ = VARIANTS[variant]
+    stores = "S+" if _dtypes(variant).isdisjoint({"bf16", "fp16"}) else "[cS]+"
+    last = rf"(L{stores})?" if kernel == "update" and options.get("rule") == "adamp" else ""
+    norms = "r+" if kernel == "norm" or options.get("carry") else ""
+    return not re.fullmatch(f"L+({stores})?{last}{norms}", order)
+
+
 def violations(variant: str, code: Compiled) -> list[str]:
-    """What the code breaks: every tensor is accessed 16 bytes at a time, and nothing goes to local memory."""
+    """What the code breaks: 16 bytes at a time, nothing in local memory, no barrier among a full tile's accesses."""
     kernel, options, loads, stores = VARIANTS[variant]
     wide, double = accesses(variant, code), "fp64" in _dtypes(variant)
     # So that 4 programs of 128 threads fit on an SM, 3 with amsgrad and AdamP, in float64 one of 256.
     limit = 255 if double else 168 if options.get("states") == 3 or (kernel == "update" and "AdamP" in variant) else 128
+    tiles = full_tiles(variant, code)
+    bodies = 0 if kernel not in ("update", "norm") else 1 if kernel == "norm" or options.get("rule") == "lamb" else 2
     rules = {
         f"{code.stack} bytes of stack, {code.local} accesses of local memory": code.stack == code.local == 0,
         f"{wide[0]} wide loads, not {loads}": wide[0] >= loads,
@@ -102,6 +130,8 @@ def violations(variant: str, code: Compiled) -> list[str]:
         f"{code.registers} registers": not code.nvidia or code.registers <= limit,
         f"{code.double_tiles()} float64 tiles": double or code.double_tiles() == 0,
         f"{code.atomics} atomics": code.atomics == (kernel == "update"),  # one, the ticket
+        f"{len(tiles)} kinds of full tiles, not {bodies}": len(tiles) == bodies,
+        f"barriers in a full tile: {' '.join(tiles)}": not any(_loads_wait(variant, order) for order in tiles),
         "no barrier before the ticket": kernel != "update" or code.waits_before_ticket,
     }
     return [broken for broken, kept in rules.items() if not kept]
@@ -110,7 +140,7 @@ def violations(variant: str, code: Compiled) -> list[str]:
 def row(target: str, variant: str, code: Compiled) -> tuple[str, ...]:
     numbers = (code.registers, code.stack, *accesses(variant, code), code.double, code.double_tiles())
     barrier = "-" if VARIANTS[variant][0] != "update" else "yes" if code.waits_before_ticket else "no"
-    return target, variant, *map(str, numbers), barrier
+    return target, variant, *map(str, numbers), barrier, " ".join(full_tiles(variant, code)) or "-"
 
 
 def aligned(rows: Sequence[Sequence[str]]) -> Iterable[str]:

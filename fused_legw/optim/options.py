@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
+from itertools import repeat
 from typing import Any
 
 import torch
@@ -19,6 +20,8 @@ from ..schedules.autowu import AutoWU
 from ..schedules.base import Schedule
 from ..schedules.legw import LEGW
 from ..spec import Group, OptimizerSpec, group_lr
+
+_MISSING = object()  # stands for an option that someone deleted
 
 
 def brief(schedule: Schedule) -> str:
@@ -85,7 +88,7 @@ class CheckedOptions:
             self._passed, self._in_place = [Same() for _ in groups], [False] * len(groups)
             self._lrs = [None] * len(groups)
         for i, group in enumerate(groups):
-            options = [group.get("lr_scale", 1.0), *map(group.get, self._names)]
+            options = [group.get("lr_scale", 1.0), *map(group.get, self._names, repeat(_MISSING))]
             if not self._passed[i].holds(options):
                 changed = True
                 self._passed[i].forget()

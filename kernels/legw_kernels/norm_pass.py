@@ -19,22 +19,23 @@ def tile_norms(
     address = tl.load(where)  # for each tile anew, as in `update_tile`
     gradient = tl.load(where + n_segments)
     start = tile * BLOCK
-    n = tl.load(row + NUMEL) - start
-    wide = (n >= BLOCK) & ((address | gradient) % 16 == 0)
+    n = tl.minimum(tl.load(row + NUMEL) - start, BLOCK).to(tl.int32)
+    whole = n >= BLOCK
     g_norm = tl.full([], 0.0, tl.float64)
     w_norm = g_norm
     x_norm = g_norm
-    g = load_tile(gradient, start, n, wide, GRAD, BLOCK).to(COMPUTE)
-    if GRADIENTS:
+    g = load_tile(gradient, start, n, whole & (gradient % 16 == 0), GRAD, BLOCK).to(COMPUTE)
+    if DIVISOR is None:
         g_norm = tile_norm(g)
-    if DIVISOR is not None:
+    else:
+        # All loads before the first norm: in a norm are barriers, at which those that come later would wait.
         at = tl.load(row + FIRST_TILE) * BLOCK + start + tl.arange(0, BLOCK)
+        unscaled = g
         g = g * h.scale
         w = g
         if measures_weight | h.reads_weight:
-            w = load_weight(load_tile(address, start, n, wide, PARAM, BLOCK), master, at, COMPUTE)
-        if measures_weight:
-            w_norm = tile_norm(w)
+            p = load_tile(address, start, n, whole & (address % 16 == 0), PARAM, BLOCK)
+            w = load_weight(p, master, at, COMPUTE)
         if STORE:
             a = load_state(state_a, at, used & 1, g)
             b = load_state(state_b, at, used & 2, g)
@@ -44,11 +45,19 @@ def tile_norms(
                 store_state(state_a, at, used & 1, a)
                 store_state(state_b, at, used & 2, b)
                 store_state(state_c, at, used & 4, c)
-            # Past the tensor's end 0 / 0 is possible, of moments and an epsilon of 0.
-            x_norm = tile_norm(tl.where(tl.arange(0, BLOCK) < n, DIVISOR(w, g, a, b, c, h), 0.0))
         else:
             a = load_state(state_a, at, (used & 1) * h.reads_state.to(tl.int32), g)
-            x_norm = tile_norm(DIVISOR(w, g, a, g, g, h))
+            b = g
+            c = g
+        if GRADIENTS:
+            g_norm = tile_norm(unscaled)
+        if measures_weight:
+            w_norm = tile_norm(w)
+        x = DIVISOR(w, g, a, b, c, h)
+        if STORE:
+            # Past the tensor's end 0 / 0 is possible, of moments and an epsilon of 0.
+            x = tl.where(tl.arange(0, BLOCK) < n, x, 0.0)
+        x_norm = tile_norm(x)
     return g_norm, w_norm, x_norm
 
 

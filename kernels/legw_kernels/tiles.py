@@ -8,6 +8,9 @@ import triton.language as tl
 def load_tile(address, start, n, wide, dtype: tl.constexpr, BLOCK: tl.constexpr):
     """BLOCK elements from `address` + start: in 16-byte accesses if wide, else one by one and none past n.
 
+    wide: a constant where the result is stored again, and the kernel branches around the whole tile. With a branch at
+    the store the compiler brings each operand into the layout of masked stores right after its load, in full tiles
+    too, through shared memory and barriers at which the tile's other loads wait.
     The pointer is made anew in each branch: the alignment hint sticks to the value it is given to.
     """
     i = tl.arange(0, BLOCK)

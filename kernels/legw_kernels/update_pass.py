@@ -21,29 +21,24 @@ def _store_states(state_a, state_b, state_c, at, used, a, b, c):
 
 
 @triton.jit
-def update_tile(
+def _update_tile(
     tile, row, where, own_rows, n_segments, h, used, state_a, state_b, state_c, master,
     ADVANCE: tl.constexpr, DIRECTION: tl.constexpr, MOMENTS_DONE: tl.constexpr, CARRY: tl.constexpr,
     PARAM: tl.constexpr, GRAD: tl.constexpr, COMPUTE: tl.constexpr, BLOCK: tl.constexpr,
+    WIDE: tl.constexpr, WIDE_GRADIENT: tl.constexpr,
 ):  # fmt: skip
-    """Update one tile of one tensor; with CARRY the norm of its weights then, else 0.
-
-    tile: among the tensor's own. row: its segment. where: its parameter's address, n_segments before its gradient's.
-    own_rows: where the rule projects, its row in `rows`.
-    """
+    """`update_tile` for one kind of tile. WIDE: full, its weights aligned. WIDE_GRADIENT: its gradients too."""
     # Loaded for each tile anew: what does not change from tile to tile the compiler would keep in registers, and of an
     # address it would make a pointer for each element.
     address = tl.load(where)
-    gradient = tl.load(where + n_segments)
     start = tile * BLOCK
-    n = tl.load(row + NUMEL) - start
-    wide = (n >= BLOCK) & ((address | gradient) % 16 == 0)
+    n = tl.minimum(tl.load(row + NUMEL) - start, BLOCK).to(tl.int32)
     at = tl.load(row + FIRST_TILE) * BLOCK + start + tl.arange(0, BLOCK)
-    p = load_tile(address, start, n, wide, PARAM, BLOCK)
+    p = load_tile(address, start, n, WIDE, PARAM, BLOCK)
     w = load_weight(p, master, at, COMPUTE)
     g = w
     if not MOMENTS_DONE:
-        g = load_tile(gradient, start, n, wide, GRAD, BLOCK).to(COMPUTE) * h.scale
+        g = load_tile(tl.load(where + n_segments), start, n, WIDE_GRADIENT, GRAD, BLOCK).to(COMPUTE) * h.scale
     a = load_state(state_a, at, used & 1, g)
     b = load_state(state_b, at, used & 2, g)
     c = load_state(state_c, at, used & 4, g)
@@ -58,7 +53,7 @@ def update_tile(
     w = w - h.outer * u
 
     p = w.to(PARAM)
-    store_tile(address, start, n, wide, p, PARAM, BLOCK)
+    store_tile(address, start, n, WIDE, p, PARAM, BLOCK)
     if master is not None:
         tl.store(master + at, w)
     if not MOMENTS_DONE and own_rows is None:
@@ -66,6 +61,41 @@ def update_tile(
     norm = tl.full([], 0.0, tl.float64)
     if CARRY:
         norm = tile_norm(w if master is not None else p.to(COMPUTE))
+    return norm
+
+
+@triton.jit
+def update_tile(
+    tile, row, where, own_rows, n_segments, h, used, state_a, state_b, state_c, master,
+    ADVANCE: tl.constexpr, DIRECTION: tl.constexpr, MOMENTS_DONE: tl.constexpr, CARRY: tl.constexpr,
+    PARAM: tl.constexpr, GRAD: tl.constexpr, COMPUTE: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Update one tile of one tensor; with CARRY the norm of its weights then, else 0.
+
+    tile: among the tensor's own. row: its segment. where: its parameter's address, n_segments before its gradient's.
+    own_rows: where the rule projects, its row in `rows`.
+    """
+    # Branches around the whole tile: see `load_tile`. Gradients are often less aligned than weights, being parts of a
+    # bucket or a shard.
+    wide = (tl.load(row + NUMEL) - tile * BLOCK >= BLOCK) & (tl.load(where) % 16 == 0)
+    wide_gradient = wide
+    if not MOMENTS_DONE:  # else none is read
+        wide_gradient = wide & (tl.load(where + n_segments) % 16 == 0)
+    if wide_gradient:
+        norm = _update_tile(
+            tile, row, where, own_rows, n_segments, h, used, state_a, state_b, state_c, master,
+            ADVANCE, DIRECTION, MOMENTS_DONE, CARRY, PARAM, GRAD, COMPUTE, BLOCK, True, True,
+        )  # fmt: skip
+    elif wide:
+        norm = _update_tile(
+            tile, row, where, own_rows, n_segments, h, used, state_a, state_b, state_c, master,
+            ADVANCE, DIRECTION, MOMENTS_DONE, CARRY, PARAM, GRAD, COMPUTE, BLOCK, True, False,
+        )  # fmt: skip
+    else:
+        norm = _update_tile(
+            tile, row, where, own_rows, n_segments, h, used, state_a, state_b, state_c, master,
+            ADVANCE, DIRECTION, MOMENTS_DONE, CARRY, PARAM, GRAD, COMPUTE, BLOCK, False, False,
+        )  # fmt: skip
     return norm
 
 

@@ -1,7 +1,8 @@
-"""The compiled kernels, without a GPU: legal, 16 bytes wide, nothing spilled, the count read before the ticket."""
+"""The compiled kernels, without a GPU: legal, 16 bytes wide, no spills, no barrier in a tile, nor one missing."""
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
 
 import pytest
@@ -14,7 +15,7 @@ from tests import codegen_table  # noqa: E402
 @pytest.mark.parametrize("variant", codegen_table.VARIANTS, ids=str)
 @pytest.mark.parametrize("target", codegen.TARGETS)
 def test_the_code_keeps_the_rules(target, variant):
-    """Wide accesses, no spills, float64 for scalars alone, a block barrier before the ticket, no other atomic.
+    """Wide accesses, no spills, no barrier in a full tile but one before the ticket, float64 for scalars alone.
 
     Without the barrier one warp could take the ticket while another of its program has not read the count yet.
     """
@@ -51,3 +52,22 @@ def test_what_breaks_a_rule_is_seen(capsys, monkeypatch, change, broken):
         monkeypatch.setattr(codegen_table, "compiled", lambda target, variant, code=code: code)
         assert codegen_table.main() == status
         assert (f"sm_80, SGD: {broken}" in capsys.readouterr().out) == bool(status)
+
+
+@pytest.mark.parametrize(
+    ("access", "line", "found"),
+    [
+        (2, "%x = ttg.convert_layout %y", "LLcLSS LLLSS"),
+        (3, "%x = ttg.local_load %y", "LLLmSS LLLSS"),
+        (4, "ttg.barrier all", "LLLS|S LLLSS"),
+        (7, "%x = tt.reduce", "LLLSS LLrLSS"),
+        (8, "gpu.barrier", "LLLSS LLL|SS"),
+    ],
+)
+def test_a_barrier_in_a_full_tile_is_seen(access, line, found):
+    """Planted before one of the tiles' accesses: the first five are of the first kind of tile, then the second's."""
+    good = codegen_table.compiled("sm_80", "SGD")
+    lines = good.ttgir.splitlines()
+    at = [i for i, text in enumerate(lines) if re.search(r"tt\.(load|store) .*tensor<1024x", text)][access]
+    bad = replace(good, ttgir="\n".join([*lines[:at], line, *lines[at:]]))
+    assert codegen_table.violations("SGD", bad) == [f"barriers in a full tile: {found}"]

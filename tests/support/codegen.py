@@ -60,6 +60,26 @@ class Compiled:
         """Lines of Triton's code that have a float64 tile."""
         return sum(f"tensor<{tile}xf64" in line for line in self.ttgir.splitlines())
 
+    def order(self, tile: int = 1024) -> str:
+        """What happens to tiles, in the order of Triton's code, a letter for each operation.
+
+        L, S: a load, a store. c: a change of layout, r: a reduction, m: shared memory by name, |: a barrier; in the
+        first three the compiler puts barriers of its own. ( and ): a branch or a loop begins and ends.
+        """
+        return "".join(_letters(line, tile) for line in self.ttgir.splitlines())
+
+    def tile_bodies(self, tile: int = 1024) -> list[str]:
+        """`order` of each branch that begins with a tile's load, without what shows the branches in it."""
+        order, bodies = self.order(tile), list[str]()
+        while (start := order.find("(L")) >= 0:
+            end, depth = start + 1, 1
+            while depth:
+                depth += {"(": 1, ")": -1}.get(order[end], 0)
+                end += 1
+            bodies.append(order[start:end].replace("(", "").replace(")", ""))
+            order = order[end:]
+        return bodies
+
     @property
     def atomics(self) -> int:
         return sum("atomic" in name or name.startswith(("RED", "ATOM")) for name in self.instructions)
@@ -79,6 +99,21 @@ class Compiled:
         barrier, load = ("BAR", "LDG") if self.nvidia else ("s_barrier", "global_load")
         last = max((i for i, name in enumerate(names[:ticket]) if name.startswith(barrier)), default=0)
         return own and last > 0 and not any(name.startswith(load) for name in names[last:ticket])
+
+
+_LETTERS = {"load": "L", "store": "S", "convert_layout": "c", "reduce": "r", "barrier": "|"}
+_OPERATION = re.compile(
+    r"\b(?:tt|ttg|gpu|amdg|amdgpu)\.(?:buffer_)?(load|store|convert_layout|reduce|barrier|local_\w+)\b(?!\.)"
+)
+
+
+def _letters(line: str, tile: int) -> str:
+    """One line of Triton's code, for `Compiled.order`."""
+    line = re.sub(r"\{[^{}]*\}|loc\(.*", "", line)
+    found = _OPERATION.search(line)
+    own = found and (found[1] not in ("load", "store") or f"tensor<{tile}x" in line)
+    braces = "".join("(" if c == "{" else ")" for c in line if c in "{}")
+    return (_LETTERS.get(found[1], "m") if own else "") + braces
 
 
 _POINTERS = {
