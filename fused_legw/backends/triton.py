@@ -17,7 +17,7 @@ from .base import Control
 from .device_table import Table
 
 if TYPE_CHECKING:
-    from legw_kernels.launch import Rows, Work
+    from legw_kernels.launch import Rows, Step, Work
 
 
 _LR_KINDS = {torch.float32: TENSOR32, torch.float64: TENSOR64}
@@ -89,7 +89,8 @@ class TritonBackend:
         self._turn = torch.zeros(1, dtype=torch.int32, device=device) if carry_norms else None
         self._n_totals = self._others = 0
         self.nonfinite = torch.zeros(1, dtype=torch.float32, device=device)
-        self._works: list[Work] = []
+        self._works: list[tuple[Work, Step]] = []  # of the present step
+        self._made: dict[object, Work] = {}
         # By bucket: the dtypes of gradients, None among them where some are missing; and the looks that they are of.
         self._dtypes: tuple[list[set[torch.dtype | None]], object] = ([], None)
 
@@ -120,8 +121,7 @@ class TritonBackend:
         # A device without any gradient still advances its count, beside the others.
         for i, dtype in pairs or [(0, self.buckets[0].dtype)]:
             self._works.append(self._work(i, dtype, tables, gradients[i], control, complete=found[i] == {dtype}))
-        for work in self._works:
-            work.n_totals = self._n_totals
+        self._works = [(work, step._replace(n_totals=self._n_totals)) for work, step in self._works]
 
     def _work(
         self,
@@ -132,62 +132,68 @@ class TritonBackend:
         control: Control,
         *,
         complete: bool,
-    ) -> Work:
+    ) -> tuple[Work, Step]:
         from legw_kernels import launch
 
+        bucket = self.buckets[index]
+        table, _ = self._address_table(index, dtype)
+        # What a bucket has is never replaced, but states and norms may be added.
+        key = index, dtype, len(bucket.state), bucket.torch_steps is None, len(self._norms)
+        if key not in self._made:
+            self._made[key] = self._make_work(index, dtype)
+        step = launch.Step(
+            table.write(_addresses(bucket, gradients, dtype, complete=complete)),
+            *tables,
+            grad_scale=control.on(self.device, control.grad_scale),
+            found_inf=control.on(self.device, control.found_inf),
+            first_total=self._n_totals,
+        )
+        self._n_totals += launch.programs(bucket.chunks, bucket.dtype)
+        return self._made[key], step
+
+    def _make_work(self, index: int, dtype: torch.dtype) -> Work:
+        from legw_kernels import arguments, launch
+
         bucket, norms = self.buckets[index], self._norms[index] if self._norms else None
-        table, ticket = self._address_table(index, dtype)
-        states = [bucket.state.get(name) for name in self._rule.states] + [None, None]
-        work = launch.Work(
+        _, ticket = self._address_table(index, dtype)
+        states = [bucket.state.get(name) for name in self._rule.states]
+        return launch.Work(
             rule=self._rule.name,
             param_dtype=bucket.dtype,
             grad_dtype=dtype,
             tile=bucket.tile,
             segments=self._segments[index],
-            addresses=table.write(_addresses(bucket, gradients, dtype, complete=complete)),
             chunks=bucket.chunks,
-            groups=tables[0],
-            milestones=tables[1],
-            step_counts=self.step_counts,
-            tensor_steps=bucket.tensor_steps,
-            torch_steps=bucket.torch_steps,
-            ticket=ticket,
-            states=(states[0], states[1], states[2]),
-            master=bucket.state.get(MASTER),
-            partials=norms and norms.partials,
-            turn=self._turn,
-            totals=self._totals,
-            first_total=self._n_totals,
-            n_totals=0,
-            ratios=norms and norms.ratios,
-            rows=self._rows[index],
-            grad_scale=control.on(self.device, control.grad_scale),
-            found_inf=control.on(self.device, control.found_inf),
+            counters=arguments.Counters(self.step_counts, bucket.tensor_steps, bucket.torch_steps, ticket),
+            states=arguments.States(**dict(zip("abc", states, strict=False)), master=bucket.state.get(MASTER)),
+            norms=arguments.Norms(norms and norms.partials, self._turn, self._totals, norms and norms.ratios),
             nonfinite=self.nonfinite,
+            rows=self._rows[index],
         )
-        self._n_totals += launch.programs(bucket.chunks, bucket.dtype)
-        return work
 
     def measure(self, control: Control, *, updates: bool, gradients: bool, clips: bool) -> None:
-        """Norms by tensor; see `launch.measure`."""
+        """Norms by tensor; see `launch.take_norms`."""
         from legw_kernels import launch
 
-        for work in self._works:
-            launch.measure(work, updates=updates, gradients=gradients, clips=clips, skips=clips and control.skips)
+        for work, step in self._works:
+            launch.take_norms(
+                work, step, updates=updates, gradients=gradients, clips=clips, skips=clips and control.skips
+            )
 
     def update(self, groups: Sequence[Group], control: Control, *, clipped: bool, advance: bool) -> None:
         """The update. clipped: whether what was measured for ratios was. advance: whether this step counts."""
         from legw_kernels import launch
 
-        for work in self._works:
+        for i, (work, step) in enumerate(self._works, 1):
             if work.rows is not None:
-                launch.project(work, clips=control.clips, skips=control.skips)
+                launch.project(work, step, clips=control.clips, skips=control.skips)
             launch.update(
                 work,
+                step,
                 clips=control.clips,
                 skips=control.skips,
                 clipped=clipped,
-                last=work is self._works[-1],
+                last=i == len(self._works),
                 advances=advance,
             )
         self._works = []
