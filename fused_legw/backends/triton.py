@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from legw_kernels import launch, tables, tuning
+from legw_kernels.arguments import Counters, Norms, States
 
 from .. import capture
 from ..buffers.bucket import MASTER, Bucket, compute_dtype
@@ -47,13 +48,14 @@ def _addresses(bucket: Bucket, gradients: Gradients, dtype: torch.dtype, *, comp
     return bucket.addresses + own
 
 
-class _Launches(NamedTuple):
+class _Planned(NamedTuple):
     """What a step launches on the gradients of one dtype in one bucket."""
 
     work: launch.Work
     bucket: int
     table: DeviceTable  # of addresses
     complete: bool  # whether every gradient of the bucket is there and of that dtype
+    first_total: int  # where this work's part of `totals` begins
 
 
 class TritonBackend(Backend):
@@ -86,9 +88,10 @@ class TritonBackend(Backend):
         self._totals: Tensor | None = None
         self._turn = torch.zeros(1, dtype=torch.int32, device=device) if carry_norms else None
         self._n_totals = self._others = 0
-        self._launches = list[_Launches]()  # of the last step
+        self._planned = list[_Planned]()  # for gradients like the last step's
         self._unmeasured = list[_Norms]()  # of buckets without a gradient, whose last norms must not be shown again
-        self._made_for: object = None  # what those were made for
+        self._planned_for: object = None  # what that was planned for
+        self._launches = list[tuple[launch.Work, launch.Step]]()  # of this step
 
     @property
     def captured(self) -> bool:  # type: ignore[override]
@@ -102,92 +105,79 @@ class TritonBackend(Backend):
         if control.global_norm or self._spec.adapts:
             self._make_norms(others)
         group_table, milestones = self._group_table.write(groups, options)
-        made_for = found.generation, bool(self._norms), [len(bucket.state) for bucket in self.buckets]
-        if made_for != self._made_for:
-            self._made_for = None
-            self._launches = self._plan(found.by_bucket, group_table, milestones)
-            self._made_for = made_for
+        planned_for = found.generation, bool(self._norms), [len(bucket.state) for bucket in self.buckets]
+        if planned_for != self._planned_for:
+            self._planned_for = None
+            self._planned = self._plan(found.by_bucket)
+            self._planned_for = planned_for
         for norms in self._unmeasured:
             norms.clear()
-        for work, bucket, table, complete in self._launches:
-            gradients = found.by_bucket[bucket]
-            work.addresses = table.write(
-                _addresses(self.buckets[bucket], gradients, work.grad_dtype, complete=complete)
-            )
-            work.grad_scale = control.on(self.device, control.grad_scale)
-            work.found_inf = control.on(self.device, control.found_inf)
+        grad_scale = control.on(self.device, control.grad_scale)
+        found_inf = control.on(self.device, control.found_inf)
+        self._launches = []
+        for work, bucket, table, complete, first_total in self._planned:
+            addresses = _addresses(self.buckets[bucket], found.by_bucket[bucket], work.grad_dtype, complete=complete)
+            written = table.write(addresses), group_table, milestones
+            step = launch.Step(*written, grad_scale, found_inf, first_total, self._n_totals)
+            self._launches.append((work, step))
 
-    def _plan(self, by_bucket: Sequence[Gradients], groups: Tensor, milestones: Tensor) -> list[_Launches]:
-        """The launches for gradients of these looks: one for each dtype among a bucket's."""
+    def _plan(self, by_bucket: Sequence[Gradients]) -> list[_Planned]:
+        """The launches for gradients like these: one for each dtype among a bucket's."""
         dtypes = [{None if g is None else g.dtype for g in gradients} for gradients in by_bucket]
         pairs = [(i, dtype) for i, some in enumerate(dtypes) for dtype in sorted(filter(None, some), key=str)]
         self._unmeasured = [norms for i, norms in enumerate(self._norms) if not dtypes[i] - {None}]
-        self._n_totals, planned = self._others, list[_Launches]()
+        self._n_totals, planned = self._others, list[_Planned]()
         # A device without any gradient still advances its count, beside the others.
         for i, dtype in pairs or [(0, self.buckets[0].dtype)]:
             table, ticket = self._address_table(i, dtype)
-            work = self._work(i, dtype, groups, milestones, ticket, table)
+            work = self._work(i, dtype, ticket)
+            planned.append(_Planned(work, i, table, dtypes[i] == {dtype}, self._n_totals))
             self._n_totals += launch.programs(work.chunks, work.param_dtype)
-            planned.append(_Launches(work, i, table, dtypes[i] == {dtype}))
-        for work, *_ in planned:
-            work.n_totals = self._n_totals
         return planned
 
-    def _work(
-        self, index: int, dtype: torch.dtype, groups: Tensor, milestones: Tensor, ticket: Tensor, table: DeviceTable
-    ) -> launch.Work:
+    def _work(self, index: int, dtype: torch.dtype, ticket: Tensor) -> launch.Work:
         bucket, norms = self.buckets[index], self._norms[index] if self._norms else None
-        states = [bucket.state.get(name) for name in self._spec.states] + [None, None]
+        states = [bucket.state.get(name) for name in self._spec.states]
         return launch.Work(
             rule=self._spec.name,
             param_dtype=bucket.dtype,
             grad_dtype=dtype,
             tile=bucket.tile,
             segments=self._segments[index],
-            addresses=table.device_table,
             chunks=bucket.chunks,
-            groups=groups,
-            milestones=milestones,
-            step_counts=self.step_counts,
-            tensor_steps=bucket.tensor_steps,
-            torch_steps=bucket.torch_steps,
-            ticket=ticket,
-            states=(states[0], states[1], states[2]),
-            master=bucket.state.get(MASTER),
-            partials=norms and norms.partials,
-            turn=self._turn,
-            totals=self._totals,
-            first_total=self._n_totals,
-            n_totals=0,
-            ratios=norms and norms.ratios,
-            rows=self._projections[index],
-            grad_scale=None,
-            found_inf=None,
+            counters=Counters(self.step_counts, bucket.tensor_steps, bucket.torch_steps, ticket),
+            states=States(**dict(zip("abc", states, strict=False)), master=bucket.state.get(MASTER)),
+            norms=Norms(norms and norms.partials, self._turn, self._totals, norms and norms.ratios),
             nonfinite=self.nonfinite,
+            rows=self._projections[index],
         )
 
     def run(self, what: Pass, groups: Sequence[Group], control: StepControl) -> None:
-        works = [work for work, *_ in self._launches]
-        for work in works:
+        for i, (work, step) in enumerate(self._launches, 1):
             if what.kind == "norms":
-                launch.measure(
+                launch.take_norms(
                     work,
+                    step,
                     updates="updates" in what.of,
                     gradients="gradients" in what.of,
                     clips=what.clipped,
                     skips=what.clipped and control.skips,
                 )
             elif what.kind == "projection":
-                launch.project(work, clips=control.clips, skips=control.skips)
+                launch.project(work, step, clips=control.clips, skips=control.skips)
             else:
                 launch.update(
                     work,
+                    step,
                     clips=control.clips,
                     skips=control.skips,
                     clipped=what.clipped,
-                    last=work is works[-1],
+                    last=i == len(self._launches),
                     advances=control.counts_step,
                 )
+
+    def end(self) -> None:
+        self._launches = []
 
     def global_norm(self) -> Tensor:
         assert self._totals is not None

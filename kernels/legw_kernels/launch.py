@@ -5,12 +5,13 @@ from __future__ import annotations
 import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from . import tables, tuning
+from .arguments import Amp, Counters, Norms, Projection, States, Tables
 from .formulas import ScheduleConstants
 from .norm_pass import norm_kernel, reduce_kernel
 from .projection_pass import factors_kernel, sums_kernel
@@ -87,12 +88,12 @@ class Rows:
         )
 
 
-@dataclass
+@dataclass(frozen=True)
 class Work:
-    """What the launches of one step on one (parameter dtype, gradient dtype) share; the tables are those of `tables`.
+    """What the launches on one (parameter dtype, gradient dtype) share, in every step.
 
-    partials, totals, ratios: needed where norms are. rows: where the rule projects.
-    first_total: where this work's part of `totals` begins.
+    nonfinite: float32[1], where the update writes whether the global norm was not finite. norms: empty where none are
+    needed. rows: where the rule projects.
     """
 
     rule: str
@@ -100,36 +101,43 @@ class Work:
     grad_dtype: torch.dtype
     tile: int
     segments: Tensor
-    addresses: Tensor
     chunks: Tensor
-    groups: Tensor
-    milestones: Tensor
-    step_counts: Tensor
-    tensor_steps: Tensor
-    torch_steps: Tensor | None
-    ticket: Tensor
-    states: tuple[Tensor | None, Tensor | None, Tensor | None]
-    master: Tensor | None
-    partials: Tensor | None
-    turn: Tensor | None
-    totals: Tensor | None
-    first_total: int
-    n_totals: int
-    ratios: Tensor | None
-    rows: Rows | None
-    grad_scale: Tensor | None
-    found_inf: Tensor | None
+    counters: Counters
+    states: States
+    norms: Norms
     nonfinite: Tensor
+    rows: Rows | None = None
 
-    @property
+    @functools.cached_property
     def dtypes(self) -> dict[str, Any]:
-        compute = tuning.compute_type(self.param_dtype)
         return dict(
             PARAM=tuning.TRITON_TYPES[self.param_dtype],
             GRAD=tuning.TRITON_TYPES[self.grad_dtype],
-            COMPUTE=compute,
+            COMPUTE=tuning.compute_type(self.param_dtype),
             BLOCK=self.tile,
         )
+
+    @functools.cached_property
+    def projection(self) -> Projection:
+        return Projection() if self.rows is None else Projection(self.rows.table, self.rows.pieces, self.rows.sums)
+
+    def tables(self, step: Step) -> Tables:
+        return Tables(self.segments, step.addresses, self.chunks, step.groups, step.milestones)
+
+    def amp(self, step: Step) -> Amp:
+        return Amp(step.grad_scale, step.found_inf, self.nonfinite)
+
+
+class Step(NamedTuple):
+    """What changes from step to step: tables, which a capture has of its own, and what decides over the step."""
+
+    addresses: Tensor
+    groups: Tensor
+    milestones: Tensor
+    grad_scale: Tensor | None = None
+    found_inf: Tensor | None = None
+    first_total: int = 0  # where this work's part of `totals` begins
+    n_totals: int = 0
 
 
 def programs(chunks: Tensor, param_dtype: torch.dtype, states: int = 0) -> int:
@@ -148,7 +156,7 @@ def launch(kernel: Any, device: torch.device, grid: int, *args: Any, **constants
         kernel[(grid,)](*args, **constants)
 
 
-def measure(work: Work, *, updates: bool, gradients: bool, clips: bool, skips: bool) -> None:
+def take_norms(work: Work, step: Step, *, updates: bool, gradients: bool, clips: bool, skips: bool) -> None:
     """Norms of every chunk.
 
     updates: also those of weights and updates, for trust ratios. gradients: those of the gradients, if they are not
@@ -158,55 +166,47 @@ def measure(work: Work, *, updates: bool, gradients: bool, clips: bool, skips: b
     grid = programs(work.chunks, work.param_dtype)
     launch(
         norm_kernel, work.chunks.device, grid,
-        work.segments, work.addresses, work.chunks, work.groups, work.milestones, work.step_counts, work.tensor_steps,
-        work.torch_steps,
-        *work.states, work.master, work.partials, work.turn, work.totals, work.grad_scale, work.found_inf,
-        n_chunks, _runs(n_chunks, grid), work.tensor_steps.numel(), work.n_totals, work.first_total,
+        work.tables(step), work.counters, work.states, work.norms, work.amp(step),
+        n_chunks, _runs(n_chunks, grid), work.counters.tensor_steps.numel(), step.n_totals, step.first_total,
         PREPARE=rule.prepare, ADVANCE=rule.advance, DIVISOR=rule.divisor if updates else None, STORE=rule.two_stage,
         GRADIENTS=gradients, GLOBAL=clips or skips, SKIP=skips, **work.dtypes, **tuning.options(work.param_dtype),
     )  # fmt: skip
 
 
-def project(work: Work, *, clips: bool, skips: bool) -> None:
-    """Each row's factor. clips, skips: as in `measure`."""
+def project(work: Work, step: Step, *, clips: bool, skips: bool) -> None:
+    """Each row's factor. clips, skips: as in `take_norms`."""
     rule, rows = RULES[work.rule], work.rows
     assert rows is not None
     height, width = tuning.piece_shape(work.tile)
-    n_sums, n_segments, device = rows.sums.shape[1], work.tensor_steps.numel(), work.chunks.device
+    n_sums, n_segments, device = rows.sums.shape[1], work.counters.tensor_steps.numel(), work.chunks.device
     if n_pieces := rows.pieces.numel():
         launch(
             sums_kernel, device, programs(rows.pieces, work.param_dtype),
-            work.segments, work.addresses, work.groups, work.milestones, work.step_counts, work.tensor_steps,
-            work.torch_steps,
-            *work.states[:2], work.master, work.totals, work.grad_scale, work.found_inf,
-            rows.table, rows.pieces, rows.sums, n_pieces, n_sums, n_segments, work.n_totals,
+            work.tables(step), work.counters, work.states, work.norms, work.projection, work.amp(step),
+            n_pieces, n_sums, n_segments, step.n_totals,
             PREPARE=rule.prepare, ADVANCE=rule.advance, DIRECTION=rule.direction, GLOBAL=clips or skips, SKIP=skips,
             ROWS=height, COLUMNS=width, **work.dtypes, **tuning.options(work.param_dtype),
         )  # fmt: skip
     launch(
         factors_kernel, device, max(1, min(n_segments, most_programs(device, work.param_dtype, 0))),
-        work.segments, work.addresses, work.groups, rows.table, rows.sums, n_sums, n_segments,
+        work.tables(step), work.projection, n_sums, n_segments,
         COMPUTE=tuning.compute_type(work.param_dtype), **tuning.options(work.param_dtype),
     )  # fmt: skip
 
 
-def update(work: Work, *, clips: bool, skips: bool, clipped: bool, last: bool, advances: bool) -> None:
+def update(work: Work, step: Step, *, clips: bool, skips: bool, clipped: bool, last: bool, advances: bool) -> None:
     """The update itself.
 
-    clipped: whether what was measured for trust ratios was clipped already. last: whether it is the step's last launch
-    on the device. advances: whether that launch advances `counts`.
+    clipped: whether the norms for trust ratios were taken of clipped gradients. last: whether it is the step's last
+    launch on the device. advances: whether that launch advances the step counts.
     """
     rule, n_chunks = RULES[work.rule], work.chunks.numel()
-    states = sum(state is not None for state in work.states) + rule.projects
+    states = sum(state is not None for state in work.states[:3]) + rule.projects
     grid = programs(work.chunks, work.param_dtype, states)
     launch(
         update_kernel, work.chunks.device, grid,
-        work.segments, work.addresses, work.chunks, work.groups, work.milestones, work.step_counts, work.tensor_steps,
-        work.torch_steps,
-        work.ticket, *work.states, work.master, work.partials, work.turn, work.totals, work.ratios,
-        work.rows and work.rows.table,
-        work.grad_scale, work.found_inf, work.nonfinite,
-        n_chunks, _runs(n_chunks, grid), work.tensor_steps.numel(), work.n_totals,
+        work.tables(step), work.counters, work.states, work.norms, work.projection, work.amp(step),
+        n_chunks, _runs(n_chunks, grid), work.counters.tensor_steps.numel(), step.n_totals,
         PREPARE=rule.prepare, ADVANCE=rule.advance, DIRECTION=rule.direction, DIVISOR=rule.divisor,
         MOMENTS_DONE=rule.two_stage, CLIPPED=clipped, GLOBAL=clips or skips, SKIP=skips, LAST=last,
         COUNTS_STEP=advances, **work.dtypes, **tuning.options(work.param_dtype, states),
@@ -221,7 +221,7 @@ def tensor_norms(
     norms = torch.empty(n, dtype=torch.float64, device=segments.device)
     grid = max(1, min(n, most_programs(segments.device, torch.float32, 0)))
     launch(
-        reduce_kernel, segments.device, grid, segments, partials, turn, norms, partials.shape[1], n,
+        reduce_kernel, segments.device, grid, Tables(segments), Norms(partials, turn), norms, partials.shape[1], n,
         KIND=kind, COMPUTE=tuning.compute_type(param_dtype), BLOCK=tile, **tuning.options(torch.float32),
     )  # fmt: skip
     return norms

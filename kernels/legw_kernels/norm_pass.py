@@ -11,7 +11,7 @@ from .tiles import load_state, load_tile, load_weight, store_state
 
 @triton.jit
 def tile_norms(
-    tile, row, where, n_segments, h, used, apply, measures_weight, state_a, state_b, state_c, master,
+    tile, row, where, n_segments, h, used, apply, measures_weight, states,
     ADVANCE: tl.constexpr, DIVISOR: tl.constexpr, STORE: tl.constexpr, GRADIENTS: tl.constexpr,
     PARAM: tl.constexpr, GRAD: tl.constexpr, COMPUTE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
@@ -35,18 +35,18 @@ def tile_norms(
         w = g
         if measures_weight | h.reads_weight:
             p = load_tile(address, start, n, whole & (address % 16 == 0), PARAM, BLOCK)
-            w = load_weight(p, master, at, COMPUTE)
+            w = load_weight(p, states.master, at, COMPUTE)
         if STORE:
-            a = load_state(state_a, at, used & 1, g)
-            b = load_state(state_b, at, used & 2, g)
-            c = load_state(state_c, at, used & 4, g)
+            a = load_state(states.a, at, used & 1, g)
+            b = load_state(states.b, at, used & 2, g)
+            c = load_state(states.c, at, used & 4, g)
             a, b, c = ADVANCE(w, g, a, b, c, h)
             if apply:
-                store_state(state_a, at, used & 1, a)
-                store_state(state_b, at, used & 2, b)
-                store_state(state_c, at, used & 4, c)
+                store_state(states.a, at, used & 1, a)
+                store_state(states.b, at, used & 2, b)
+                store_state(states.c, at, used & 4, c)
         else:
-            a = load_state(state_a, at, (used & 1) * h.reads_state.to(tl.int32), g)
+            a = load_state(states.a, at, (used & 1) * h.reads_state.to(tl.int32), g)
             b = g
             c = g
         if GRADIENTS:
@@ -63,33 +63,32 @@ def tile_norms(
 
 @triton.jit
 def chunk_norms(
-    segment, row, where, first, stop, apply, inverse, norm, groups, milestones, step_counts, tensor_steps, torch_steps,
-    state_a, state_b, state_c, master, partials, turn, n_chunks, n_segments, small, middle, large,
+    segment, row, where, first, stop, apply, inverse, norm, tables, counters, states, norms, n_chunks, n_segments,
+    small, middle, large,
     PREPARE: tl.constexpr, ADVANCE: tl.constexpr, DIVISOR: tl.constexpr, STORE: tl.constexpr,
     GRADIENTS: tl.constexpr, GLOBAL: tl.constexpr,
     PARAM: tl.constexpr, GRAD: tl.constexpr, COMPUTE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Norms of the chunks of one tensor from first to stop - 1; the sums of squares with their gradients' added."""
     h, used = prepare(
-        segment, row, inverse, norm, step_counts, groups, milestones, tensor_steps, torch_steps, partials, turn,
-        n_chunks,
+        segment, row, inverse, norm, tables, counters, norms, n_chunks,
         PREPARE, GLOBAL, False, DIVISOR, GLOBAL, COMPUTE, BLOCK,
     )  # fmt: skip
     size = tl.load(row + CHUNK_TILES)
     tiles = (tl.load(row + NUMEL) + BLOCK - 1) // BLOCK
     begins = (first - tl.load(row + FIRST_CHUNK)) * size
     for k in range(stop - first):
-        partial = partials + first + k
-        weight_partial = partial + weight_row(turn, 0) * n_chunks
+        partial = norms.partials + first + k
+        weight_partial = partial + weight_row(norms.turn, 0) * n_chunks
         measures_weight = tl.full([], True, tl.int1)
-        if turn is not None:
+        if norms.turn is not None:
             measures_weight = not (tl.load(weight_partial) >= 0)  # UNKNOWN, or NaN
         g_total = tl.full([], 0.0, tl.float64)
         w_total = g_total
         x_total = g_total
         for i in range(tl.minimum(size, tiles - begins)):
             g_norm, w_norm, x_norm = tile_norms(
-                begins + i, row, where, n_segments, h, used, apply, measures_weight, state_a, state_b, state_c, master,
+                begins + i, row, where, n_segments, h, used, apply, measures_weight, states,
                 ADVANCE, DIVISOR, STORE, GRADIENTS, PARAM, GRAD, COMPUTE, BLOCK,
             )  # fmt: skip
             g_total = add_tile(g_total, g_norm, COMPUTE)
@@ -108,26 +107,24 @@ def chunk_norms(
 
 
 @triton.jit
-def clear_chunks(first, stop, partials, turn, n_chunks):
+def clear_chunks(first, stop, norms, n_chunks):
     """Norms of 0, of a tensor without a gradient; a weight's that is carried stays."""
     for chunk in range(first, stop):
-        tl.store(partials + GRADIENT_NORM * n_chunks + chunk, 0.0)
-        tl.store(partials + UPDATE_NORM * n_chunks + chunk, 0.0)
-        if turn is None:
-            tl.store(partials + WEIGHT_NORM * n_chunks + chunk, 0.0)
+        tl.store(norms.partials + GRADIENT_NORM * n_chunks + chunk, 0.0)
+        tl.store(norms.partials + UPDATE_NORM * n_chunks + chunk, 0.0)
+        if norms.turn is None:
+            tl.store(norms.partials + WEIGHT_NORM * n_chunks + chunk, 0.0)
 
 
 @triton.jit(do_not_specialize=["n_chunks", "n_runs", "n_segments", "n_totals", "first_total"])
 def norm_kernel(
-    segments, addresses, chunks, groups, milestones, step_counts, tensor_steps, torch_steps, state_a, state_b, state_c,
-    master, partials,
-    turn, totals, grad_scale, found_inf, n_chunks, n_runs, n_segments, n_totals, first_total,
+    tables, counters, states, norms, amp, n_chunks, n_runs, n_segments, n_totals, first_total,
     PREPARE: tl.constexpr, ADVANCE: tl.constexpr, DIVISOR: tl.constexpr, STORE: tl.constexpr,
     GRADIENTS: tl.constexpr, GLOBAL: tl.constexpr, SKIP: tl.constexpr,
     PARAM: tl.constexpr, GRAD: tl.constexpr, COMPUTE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Norms of all chunks. DIVISOR: None for gradients only. GRADIENTS: whether theirs are not known yet."""
-    apply, _, inverse, norm = begin(totals, n_totals, grad_scale, found_inf, GLOBAL, SKIP, COMPUTE)
+    apply, _, inverse, norm = begin(norms, amp, n_totals, GLOBAL, SKIP, COMPUTE)
     small = tl.full([], 0.0, tl.float64)  # the squares of all that this program measures
     middle = small
     large = small
@@ -135,47 +132,38 @@ def norm_kernel(
         first = tl.cast(run, tl.int64) * n_chunks // n_runs
         high = (tl.cast(run, tl.int64) + 1) * n_chunks // n_runs
         while first < high:
-            segment = tl.load(chunks + first).to(tl.int64)
-            row = segments + segment * SEGMENT_WIDTH
-            where = addresses + segment
+            segment = tl.load(tables.chunks + first).to(tl.int64)
+            row = tables.segments + segment * SEGMENT_WIDTH
+            where = tables.addresses + segment
             stop = tl.minimum(high, tl.load(row + FIRST_CHUNK) + chunk_count(row, BLOCK))
             gradient = tl.load(where + n_segments)
             if gradient > 0:
                 small, middle, large = chunk_norms(
-                    segment, row, where, first, stop, apply, inverse, norm, groups, milestones, step_counts,
-                    tensor_steps, torch_steps,
-                    state_a, state_b, state_c, master, partials, turn, n_chunks, n_segments, small, middle, large,
+                    segment, row, where, first, stop, apply, inverse, norm, tables, counters, states, norms,
+                    n_chunks, n_segments, small, middle, large,
                     PREPARE, ADVANCE, DIVISOR, STORE, GRADIENTS, GLOBAL, PARAM, GRAD, COMPUTE, BLOCK,
                 )  # fmt: skip
             if gradient == 0:
-                clear_chunks(first, stop, partials, turn, n_chunks)
+                clear_chunks(first, stop, norms, n_chunks)
             first = stop
     if GRADIENTS:
-        tl.store(totals + first_total + tl.program_id(0), root(small, middle, large, tl.float64 == COMPUTE))
+        tl.store(norms.totals + first_total + tl.program_id(0), root(small, middle, large, tl.float64 == COMPUTE))
 
 
 @triton.jit(do_not_specialize=["n_chunks", "n_segments"])
 def reduce_kernel(
-    segments,
-    partials,
-    turn,
-    norms,
-    n_chunks,
-    n_segments,
-    KIND: tl.constexpr,
-    COMPUTE: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
+    tables, norms, result, n_chunks, n_segments, KIND: tl.constexpr, COMPUTE: tl.constexpr, BLOCK: tl.constexpr
+):  # fmt: skip
     """Norms of one kind of all tensors, for whoever wants to see them."""
     kind = tl.cast(KIND, tl.int32)
     if KIND == WEIGHT_NORM:
-        kind = weight_row(turn, 1)  # of before the last update
-    for segment in range(tl.program_id(0), n_segments, tl.num_programs(0)):
-        segment = tl.cast(segment, tl.int64)
-        row = segments + segment * SEGMENT_WIDTH
-        norm = tensor_norm(partials, n_chunks, row, kind, COMPUTE, BLOCK)
-        if turn is not None:
-            first = partials + kind * n_chunks + tl.load(row + FIRST_CHUNK)
+        kind = weight_row(norms.turn, 1)  # of before the last update
+    for i in range(tl.program_id(0), n_segments, tl.num_programs(0)):
+        segment = tl.cast(i, tl.int64)
+        row = tables.segments + segment * SEGMENT_WIDTH
+        norm = tensor_norm(norms.partials, n_chunks, row, kind, COMPUTE, BLOCK)
+        if norms.turn is not None:
+            first = norms.partials + kind * n_chunks + tl.load(row + FIRST_CHUNK)
             if tl.load(first, mask=tl.load(row + NUMEL) > 0, other=0.0) < 0:  # UNKNOWN
                 norm = tl.full([], 0.0, tl.float64)
-        tl.store(norms + segment, norm)
+        tl.store(result + segment, norm)

@@ -74,10 +74,10 @@ def true_count(count, there):
 
 
 @triton.jit
-def tensor_count(tensor_steps, torch_steps, segment):
-    count = tl.load(tensor_steps + segment)
-    if torch_steps is not None:
-        count = true_count(count, tl.load(torch_steps + segment))
+def tensor_count(counters, segment):
+    count = tl.load(counters.tensor_steps + segment)
+    if counters.torch_steps is not None:
+        count = true_count(count, tl.load(counters.torch_steps + segment))
     return count
 
 
@@ -90,23 +90,21 @@ def _narrow(x, COMPUTE: tl.constexpr):
 
 
 @triton.jit
-def begin(
-    totals, n_totals, grad_scale, found_inf, GLOBAL: tl.constexpr, SKIP: tl.constexpr, COMPUTE: tl.constexpr
-):  # fmt: skip
+def begin(norms, amp, n_totals, GLOBAL: tl.constexpr, SKIP: tl.constexpr, COMPUTE: tl.constexpr):
     """(whether to apply this step, whether the global norm is finite, 1 / AMP's scale, that norm): for all programs."""
     finite = n_totals >= 0
     norm = tl.full([], 0.0, tl.float64)
     inverse = tl.full([], 1.0, tl.float32)
-    if grad_scale is not None:
-        inverse = 1.0 / tl.load(grad_scale)
+    if amp.grad_scale is not None:
+        inverse = 1.0 / tl.load(amp.grad_scale)
     if GLOBAL:
-        norm = norm_of(totals, n_totals, NORMS_BLOCK, True)
+        norm = norm_of(norms.totals, n_totals, NORMS_BLOCK, True)
         finite = norm < float("inf")
     apply = n_totals >= 0
     if SKIP:
         apply = finite
-    if found_inf is not None:
-        apply = apply & (tl.load(found_inf) == 0)
+    if amp.found_inf is not None:
+        apply = apply & (tl.load(amp.found_inf) == 0)
     return apply, finite, inverse.to(COMPUTE), _narrow(norm, COMPUTE)
 
 
@@ -135,15 +133,15 @@ def tensor_norm(partials, n_chunks, row, kind, COMPUTE: tl.constexpr, TILE: tl.c
 
 @triton.jit
 def prepare(
-    segment, row, inverse, norm, step_counts, groups, milestones, tensor_steps, torch_steps, partials, turn, n_chunks,
+    segment, row, inverse, norm, tables, counters, norms, n_chunks,
     PREPARE: tl.constexpr, GLOBAL: tl.constexpr, UPDATES: tl.constexpr, DIVISOR: tl.constexpr, CLIPPED: tl.constexpr,
     COMPUTE: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
     """(the scalars of one tensor's update, the states it uses). UPDATES: else it measures. CLIPPED: what was."""
-    group = groups + tl.load(row + GROUP) * GROUP_WIDTH
+    group = tables.groups + tl.load(row + GROUP) * GROUP_WIDTH
     lr = tl.full([], 0.0, tl.float64)
     if UPDATES:  # what is measured does not depend on it
-        lr = group_lr(group, tl.load(step_counts), milestones)
+        lr = group_lr(group, tl.load(counters.step_counts), tables.milestones)
     clip = inverse * 0 + 1
     if GLOBAL:
         clip = _clip_factor(norm, tl.load(group + CLIP).to(COMPUTE), tl.load(group + CLIP_DIVIDES).to(COMPUTE))
@@ -151,13 +149,14 @@ def prepare(
     x_norm = clip * 0
     if UPDATES:
         if DIVISOR is not None:
-            w_norm = _narrow(tensor_norm(partials, n_chunks, row, weight_row(turn, 0), COMPUTE, TILE), COMPUTE)
-            x_norm = _narrow(tensor_norm(partials, n_chunks, row, UPDATE_NORM, COMPUTE, TILE), COMPUTE)
+            kind = weight_row(norms.turn, 0)
+            w_norm = _narrow(tensor_norm(norms.partials, n_chunks, row, kind, COMPUTE, TILE), COMPUTE)
+            x_norm = _narrow(tensor_norm(norms.partials, n_chunks, row, UPDATE_NORM, COMPUTE, TILE), COMPUTE)
             if not CLIPPED:
                 x_norm *= clip
     exempt = tl.load(row + IS_VECTOR).to(tl.float64) * tl.load(group + EXEMPT_VECTORS)
     h = PREPARE(
-        group + HYPER, lr, tensor_count(tensor_steps, torch_steps, segment).to(tl.float64), inverse * clip, exempt,
+        group + HYPER, lr, tensor_count(counters, segment).to(tl.float64), inverse * clip, exempt,
         w_norm, x_norm, not UPDATES, COMPUTE,
     )  # fmt: skip
     return h, tl.load(group + STATES).to(tl.int32)

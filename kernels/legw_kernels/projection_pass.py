@@ -62,25 +62,24 @@ def row_factors(row, start, COMPUTE: tl.constexpr, BLOCK: tl.constexpr):
 
 @triton.jit(do_not_specialize=["n_pieces", "n_sums", "n_segments", "n_totals"])
 def sums_kernel(
-    segments, addresses, groups, milestones, step_counts, tensor_steps, torch_steps, state_a, state_b, master, totals,
-    grad_scale, found_inf, rows, pieces, sums, n_pieces, n_sums, n_segments, n_totals,
+    tables, counters, states, norms, projection, amp, n_pieces, n_sums, n_segments, n_totals,
     PREPARE: tl.constexpr, ADVANCE: tl.constexpr, DIRECTION: tl.constexpr, GLOBAL: tl.constexpr, SKIP: tl.constexpr,
     PARAM: tl.constexpr, GRAD: tl.constexpr, COMPUTE: tl.constexpr, BLOCK: tl.constexpr,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
     """The four sums of every row of every piece; nothing else is written."""
-    _, _, inverse, norm = begin(totals, n_totals, grad_scale, found_inf, GLOBAL, SKIP, COMPUTE)
+    _, _, inverse, norm = begin(norms, amp, n_totals, GLOBAL, SKIP, COMPUTE)
     for piece in range(tl.program_id(0), n_pieces, tl.num_programs(0)):
-        segment = tl.load(pieces + piece).to(tl.int64)
-        row = segments + segment * SEGMENT_WIDTH
-        address = tl.load(addresses + segment)
-        gradient = tl.load(addresses + n_segments + segment)
+        segment = tl.load(projection.pieces + piece).to(tl.int64)
+        row = tables.segments + segment * SEGMENT_WIDTH
+        address = tl.load(tables.addresses + segment)
+        gradient = tl.load(tables.addresses + n_segments + segment)
         if gradient > 0:
             h, _used = prepare(
-                segment, row, inverse, norm, step_counts, groups, milestones, tensor_steps, torch_steps, None, None, 0,
+                segment, row, inverse, norm, tables, counters, norms, 0,
                 PREPARE, GLOBAL, False, None, False, COMPUTE, BLOCK,
             )  # fmt: skip
-            own = rows + segment * ROWS_WIDTH
+            own = projection.rows + segment * ROWS_WIDTH
             length = tl.load(own + ROW_LENGTH)
             n_rows = tl.load(own + ROW_COUNT)
             spans = tl.load(own + SPAN_COUNT)
@@ -101,9 +100,9 @@ def sums_kernel(
                 p = tl.load(address.to(tl.pointer_type(PARAM)) + at, mask=there, other=0.0)
                 g = tl.load(gradient.to(tl.pointer_type(GRAD)) + at, mask=there, other=0.0).to(COMPUTE) * h.scale
                 at = tl.where(there, state + at, state)  # `load_weight` has no mask: the tensor's first, then dropped
-                w = tl.where(there, load_weight(p, master, at, COMPUTE), 0.0)
-                a = tl.load(state_a + at, mask=there, other=0.0)
-                b = tl.load(state_b + at, mask=there, other=0.0)
+                w = tl.where(there, load_weight(p, states.master, at, COMPUTE), 0.0)
+                a = tl.load(states.a + at, mask=there, other=0.0)
+                b = tl.load(states.b + at, mask=there, other=0.0)
                 a, b, _largest = ADVANCE(w, g, a, b, b, h)
                 # Elsewhere 0 / 0 is possible, of moments and an epsilon of 0.
                 u = tl.where(there, DIRECTION(w, g, a, b, b, h), 0.0)
@@ -111,7 +110,7 @@ def sums_kernel(
                 gg += g * g
                 ww += w * w
                 wu += w * u
-            to = sums + tl.load(own + FIRST_SUM) + span * n_rows + k
+            to = projection.sums + tl.load(own + FIRST_SUM) + span * n_rows + k
             tl.store(to, tl.sum(gw, 1).to(tl.float64), mask=k < n_rows)
             tl.store(to + n_sums, tl.sum(gg, 1).to(tl.float64), mask=k < n_rows)
             tl.store(to + 2 * n_sums, tl.sum(ww, 1).to(tl.float64), mask=k < n_rows)
@@ -149,18 +148,16 @@ def _radial(ww, wu, eps):
 
 
 @triton.jit(do_not_specialize=["n_sums", "n_segments"])
-def factors_kernel(
-    segments, addresses, groups, rows, sums, n_sums, n_segments, COMPUTE: tl.constexpr
-):  # fmt: skip
+def factors_kernel(tables, projection, n_sums, n_segments, COMPUTE: tl.constexpr):
     """The factor of every row of every tensor with a gradient."""
-    for segment in range(tl.program_id(0), n_segments, tl.num_programs(0)):
-        segment = tl.cast(segment, tl.int64)
-        if tl.load(addresses + n_segments + segment) > 0:
-            hyper = groups + tl.load(segments + segment * SEGMENT_WIDTH + GROUP) * GROUP_WIDTH + HYPER
+    for i in range(tl.program_id(0), n_segments, tl.num_programs(0)):
+        segment = tl.cast(i, tl.int64)
+        if tl.load(tables.addresses + n_segments + segment) > 0:
+            hyper = tables.groups + tl.load(tables.segments + segment * SEGMENT_WIDTH + GROUP) * GROUP_WIDTH + HYPER
             decay = tl.load(hyper + _WEIGHT_DECAY)
             eps = tl.load(hyper + _EPS)
             delta = tl.load(hyper + _DELTA)
-            own = rows + segment * ROWS_WIDTH
+            own = projection.rows + segment * ROWS_WIDTH
             n_rows = tl.load(own + ROW_COUNT)
             length = tl.load(own + ROW_LENGTH)
             by_row = tl.load(own + SPAN_COUNT) > 0
@@ -173,7 +170,7 @@ def factors_kernel(
             if by_row:
                 for base in range(0, n_rows, NORMS_BLOCK):
                     k = base + tl.arange(0, NORMS_BLOCK)
-                    row_gw, row_gg, row_ww, row_wu = _row_sums(own, sums, n_sums, k, n_rows)
+                    row_gw, row_gg, row_ww, row_wu = _row_sums(own, projection.sums, n_sums, k, n_rows)
                     tangent = _is_tangent(row_gw, row_gg, row_ww, eps, delta, length)
                     others += tl.sum(tl.where((k < n_rows) & (tangent == 0), 1.0, 0.0), 0)
                     gw += tl.sum(row_gw, 0)
@@ -188,7 +185,7 @@ def factors_kernel(
                 k = base + tl.arange(0, NORMS_BLOCK)
                 factor = tl.zeros([NORMS_BLOCK], tl.float64) + decay
                 if by_row:
-                    _, _, row_ww, row_wu = _row_sums(own, sums, n_sums, k, n_rows)
+                    _, _, row_ww, row_wu = _row_sums(own, projection.sums, n_sums, k, n_rows)
                     factor -= _radial(row_ww, row_wu, eps)
                 elif whole:
                     factor -= _radial(ww, wu, eps)

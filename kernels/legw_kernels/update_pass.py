@@ -14,15 +14,15 @@ from .tiles import load_state, load_tile, load_weight, store_state, store_tile
 
 
 @triton.jit
-def _store_states(state_a, state_b, state_c, at, used, a, b, c):
-    store_state(state_a, at, used & 1, a)
-    store_state(state_b, at, used & 2, b)
-    store_state(state_c, at, used & 4, c)
+def _store_states(states, at, used, a, b, c):
+    store_state(states.a, at, used & 1, a)
+    store_state(states.b, at, used & 2, b)
+    store_state(states.c, at, used & 4, c)
 
 
 @triton.jit
 def _update_tile(
-    tile, row, where, own_rows, n_segments, h, used, state_a, state_b, state_c, master,
+    tile, row, where, own_rows, n_segments, h, used, states,
     ADVANCE: tl.constexpr, DIRECTION: tl.constexpr, MOMENTS_DONE: tl.constexpr, CARRY: tl.constexpr,
     PARAM: tl.constexpr, GRAD: tl.constexpr, COMPUTE: tl.constexpr, BLOCK: tl.constexpr,
     WIDE: tl.constexpr, WIDE_GRADIENT: tl.constexpr,
@@ -35,38 +35,38 @@ def _update_tile(
     n = tl.minimum(tl.load(row + NUMEL) - start, BLOCK).to(tl.int32)
     at = tl.load(row + FIRST_TILE) * BLOCK + start + tl.arange(0, BLOCK)
     p = load_tile(address, start, n, WIDE, PARAM, BLOCK)
-    w = load_weight(p, master, at, COMPUTE)
+    w = load_weight(p, states.master, at, COMPUTE)
     g = w
     if not MOMENTS_DONE:
         g = load_tile(tl.load(where + n_segments), start, n, WIDE_GRADIENT, GRAD, BLOCK).to(COMPUTE) * h.scale
-    a = load_state(state_a, at, used & 1, g)
-    b = load_state(state_b, at, used & 2, g)
-    c = load_state(state_c, at, used & 4, g)
+    a = load_state(states.a, at, used & 1, g)
+    b = load_state(states.b, at, used & 2, g)
+    c = load_state(states.c, at, used & 4, g)
     if not MOMENTS_DONE:
         a, b, c = ADVANCE(w, g, a, b, c, h)
     u = DIRECTION(w, g, a, b, c, h)
     if own_rows is not None:
         # Before the factors come: the registers do not hold both. Elsewhere last, which other rules' registers need.
-        _store_states(state_a, state_b, state_c, at, used, a, b, c)
+        _store_states(states, at, used, a, b, c)
         f = row_factors(own_rows, start, COMPUTE, BLOCK)
         u = tl.where(f != 0, u + f * w, u)  # an infinite weight must not become NaN
     w = w - h.outer * u
 
     p = w.to(PARAM)
     store_tile(address, start, n, WIDE, p, PARAM, BLOCK)
-    if master is not None:
-        tl.store(master + at, w)
+    if states.master is not None:
+        tl.store(states.master + at, w)
     if not MOMENTS_DONE and own_rows is None:
-        _store_states(state_a, state_b, state_c, at, used, a, b, c)
+        _store_states(states, at, used, a, b, c)
     norm = tl.full([], 0.0, tl.float64)
     if CARRY:
-        norm = tile_norm(w if master is not None else p.to(COMPUTE))
+        norm = tile_norm(w if states.master is not None else p.to(COMPUTE))
     return norm
 
 
 @triton.jit
 def update_tile(
-    tile, row, where, own_rows, n_segments, h, used, state_a, state_b, state_c, master,
+    tile, row, where, own_rows, n_segments, h, used, states,
     ADVANCE: tl.constexpr, DIRECTION: tl.constexpr, MOMENTS_DONE: tl.constexpr, CARRY: tl.constexpr,
     PARAM: tl.constexpr, GRAD: tl.constexpr, COMPUTE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
@@ -83,42 +83,41 @@ def update_tile(
         wide_gradient = wide & (tl.load(where + n_segments) % 16 == 0)
     if wide_gradient:
         norm = _update_tile(
-            tile, row, where, own_rows, n_segments, h, used, state_a, state_b, state_c, master,
+            tile, row, where, own_rows, n_segments, h, used, states,
             ADVANCE, DIRECTION, MOMENTS_DONE, CARRY, PARAM, GRAD, COMPUTE, BLOCK, True, True,
         )  # fmt: skip
     elif wide:
         norm = _update_tile(
-            tile, row, where, own_rows, n_segments, h, used, state_a, state_b, state_c, master,
+            tile, row, where, own_rows, n_segments, h, used, states,
             ADVANCE, DIRECTION, MOMENTS_DONE, CARRY, PARAM, GRAD, COMPUTE, BLOCK, True, False,
         )  # fmt: skip
     else:
         norm = _update_tile(
-            tile, row, where, own_rows, n_segments, h, used, state_a, state_b, state_c, master,
+            tile, row, where, own_rows, n_segments, h, used, states,
             ADVANCE, DIRECTION, MOMENTS_DONE, CARRY, PARAM, GRAD, COMPUTE, BLOCK, False, False,
         )  # fmt: skip
     return norm
 
 
 @triton.jit
-def count_tensor_steps(segments, addresses, groups, tensor_steps, torch_steps, n_segments):
+def count_tensor_steps(tables, counters, n_segments):
     """Advance the own count of every tensor that was updated."""
     for base in range(0, n_segments, 128):
         k = base + tl.arange(0, 128)
-        updated = tl.load(addresses + n_segments + k, mask=k < n_segments, other=0) > 0
-        row = segments + k.to(tl.int64) * SEGMENT_WIDTH
-        group = groups + tl.load(row + GROUP, mask=updated, other=0) * GROUP_WIDTH
+        updated = tl.load(tables.addresses + n_segments + k, mask=k < n_segments, other=0) > 0
+        row = tables.segments + k.to(tl.int64) * SEGMENT_WIDTH
+        group = tables.groups + tl.load(row + GROUP, mask=updated, other=0) * GROUP_WIDTH
         counted = updated & (tl.load(group + STATES, mask=updated, other=0.0) != 0)
-        count = tl.load(tensor_steps + k, mask=counted, other=0)
-        if torch_steps is not None:
-            count = true_count(count, tl.load(torch_steps + k, mask=counted, other=0.0))
-            tl.store(torch_steps + k, (count + 1).to(tl.float32), mask=counted)
-        tl.store(tensor_steps + k, count + 1, mask=counted)
+        count = tl.load(counters.tensor_steps + k, mask=counted, other=0)
+        if counters.torch_steps is not None:
+            count = true_count(count, tl.load(counters.torch_steps + k, mask=counted, other=0.0))
+            tl.store(counters.torch_steps + k, (count + 1).to(tl.float32), mask=counted)
+        tl.store(counters.tensor_steps + k, count + 1, mask=counted)
 
 
 @triton.jit
 def update_chunks(
-    segment, row, where, first, stop, inverse, norm, groups, milestones, step_counts, tensor_steps, torch_steps,
-    state_a, state_b, state_c, master, partials, turn, ratios, rows, n_chunks, n_segments,
+    segment, row, where, first, stop, inverse, norm, tables, counters, states, norms, rows, n_chunks, n_segments,
     PREPARE: tl.constexpr, ADVANCE: tl.constexpr, DIRECTION: tl.constexpr, DIVISOR: tl.constexpr,
     MOMENTS_DONE: tl.constexpr, CLIPPED: tl.constexpr, GLOBAL: tl.constexpr,
     PARAM: tl.constexpr, GRAD: tl.constexpr, COMPUTE: tl.constexpr, BLOCK: tl.constexpr,
@@ -126,8 +125,7 @@ def update_chunks(
     """Update the chunks of one tensor from stop - 1 down to first."""
     # Once for all tiles: the LR alone is some sixty operations in float64.
     h, used = prepare(
-        segment, row, inverse, norm, step_counts, groups, milestones, tensor_steps, torch_steps, partials, turn,
-        n_chunks,
+        segment, row, inverse, norm, tables, counters, norms, n_chunks,
         PREPARE, GLOBAL and not MOMENTS_DONE, True, DIVISOR, CLIPPED, COMPUTE, BLOCK,
     )  # fmt: skip
     own_rows = None
@@ -138,7 +136,7 @@ def update_chunks(
     tiles = (tl.load(row + NUMEL) + BLOCK - 1) // BLOCK
     if DIVISOR is not None:
         if first == first_chunk:
-            tl.store(ratios + segment, h.ratio.to(tl.float64))
+            tl.store(norms.ratios + segment, h.ratio.to(tl.float64))
     for back in range(1, stop - first + 1):
         chunk = stop - back
         begins = (chunk - first_chunk) * size
@@ -146,20 +144,20 @@ def update_chunks(
         total = tl.full([], 0.0, tl.float64)
         for i in range(1, ends - begins + 1):
             after = update_tile(
-                ends - i, row, where, own_rows, n_segments, h, used, state_a, state_b, state_c, master,
-                ADVANCE, DIRECTION, MOMENTS_DONE, turn is not None, PARAM, GRAD, COMPUTE, BLOCK,
+                ends - i, row, where, own_rows, n_segments, h, used, states,
+                ADVANCE, DIRECTION, MOMENTS_DONE, norms.turn is not None, PARAM, GRAD, COMPUTE, BLOCK,
             )  # fmt: skip
             total = add_tile(total, after, COMPUTE)
-        if turn is not None:
-            tl.store(partials + weight_row(turn, 1) * n_chunks + chunk, chunk_norm(total, COMPUTE))
+        if norms.turn is not None:
+            tl.store(norms.partials + weight_row(norms.turn, 1) * n_chunks + chunk, chunk_norm(total, COMPUTE))
 
 
 @triton.jit
-def carry_over(first, stop, partials, turn, n_chunks):
+def carry_over(first, stop, norms, n_chunks):
     """Take the norms of weights along that this step leaves as they are."""
     for chunk in range(first, stop):
-        norm = tl.load(partials + weight_row(turn, 0) * n_chunks + chunk)
-        tl.store(partials + weight_row(turn, 1) * n_chunks + chunk, norm)
+        norm = tl.load(norms.partials + weight_row(norms.turn, 0) * n_chunks + chunk)
+        tl.store(norms.partials + weight_row(norms.turn, 1) * n_chunks + chunk, norm)
 
 
 @triton.jit
@@ -176,9 +174,7 @@ def finish_step(step_counts, turn, apply, COUNTS_STEP: tl.constexpr):
 
 @triton.jit(do_not_specialize=["n_chunks", "n_runs", "n_segments", "n_totals"])
 def update_kernel(
-    segments, addresses, chunks, groups, milestones, step_counts, tensor_steps, torch_steps, ticket, state_a, state_b,
-    state_c, master,
-    partials, turn, totals, ratios, rows, grad_scale, found_inf, nonfinite, n_chunks, n_runs, n_segments, n_totals,
+    tables, counters, states, norms, projection, amp, n_chunks, n_runs, n_segments, n_totals,
     PREPARE: tl.constexpr, ADVANCE: tl.constexpr, DIRECTION: tl.constexpr, DIVISOR: tl.constexpr,
     MOMENTS_DONE: tl.constexpr, CLIPPED: tl.constexpr, GLOBAL: tl.constexpr, SKIP: tl.constexpr, LAST: tl.constexpr,
     COUNTS_STEP: tl.constexpr, PARAM: tl.constexpr, GRAD: tl.constexpr, COMPUTE: tl.constexpr, BLOCK: tl.constexpr,
@@ -189,38 +185,37 @@ def update_kernel(
     the ratios were taken of clipped gradients. LAST: no launch of this step follows on this device. COUNTS_STEP: the
     step counts as applied.
     """
-    apply, finite, inverse, norm = begin(totals, n_totals, grad_scale, found_inf, GLOBAL, SKIP, COMPUTE)
+    apply, finite, inverse, norm = begin(norms, amp, n_totals, GLOBAL, SKIP, COMPUTE)
     if apply:
         for job in range(tl.program_id(0), n_runs, tl.num_programs(0)):
             run = n_runs - 1 - tl.cast(job, tl.int64)
             low = run * n_chunks // n_runs
             stop = (run + 1) * n_chunks // n_runs
             while stop > low:
-                segment = tl.load(chunks + stop - 1).to(tl.int64)
-                row = segments + segment * SEGMENT_WIDTH
-                where = addresses + segment
+                segment = tl.load(tables.chunks + stop - 1).to(tl.int64)
+                row = tables.segments + segment * SEGMENT_WIDTH
+                where = tables.addresses + segment
                 first = tl.maximum(low, tl.load(row + FIRST_CHUNK))
                 gradient = tl.load(where + n_segments)
                 if gradient > 0:
                     update_chunks(
-                        segment, row, where, first, stop, inverse, norm, groups, milestones, step_counts, tensor_steps,
-                        torch_steps,
-                        state_a, state_b, state_c, master, partials, turn, ratios, rows, n_chunks, n_segments,
+                        segment, row, where, first, stop, inverse, norm, tables, counters, states, norms,
+                        projection.rows, n_chunks, n_segments,
                         PREPARE, ADVANCE, DIRECTION, DIVISOR, MOMENTS_DONE, CLIPPED, GLOBAL,
                         PARAM, GRAD, COMPUTE, BLOCK,
                     )  # fmt: skip
-                if turn is not None:
+                if norms.turn is not None:
                     if gradient == 0:
-                        carry_over(first, stop, partials, turn, n_chunks)
+                        carry_over(first, stop, norms, n_chunks)
                 stop = first
     # Every warp has read the counts before this program takes its ticket; without the barrier one warp could take it
     # while another has not, and read a count that is already the next step's.
     tl.debug_barrier()
-    if tl.atomic_add(ticket, 1) == tl.num_programs(0) - 1:
-        tl.store(ticket, 0)
+    if tl.atomic_add(counters.ticket, 1) == tl.num_programs(0) - 1:
+        tl.store(counters.ticket, 0)
         if apply:
-            count_tensor_steps(segments, addresses, groups, tensor_steps, torch_steps, n_segments)
+            count_tensor_steps(tables, counters, n_segments)
         if LAST:
-            finish_step(step_counts, turn, apply, COUNTS_STEP)
+            finish_step(counters.step_counts, norms.turn, apply, COUNTS_STEP)
             if GLOBAL:
-                tl.store(nonfinite, 1.0 - finite.to(tl.float32))
+                tl.store(amp.nonfinite, 1.0 - finite.to(tl.float32))

@@ -8,13 +8,14 @@ import tempfile
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import triton
 import triton.language as tl
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from legw_kernels import launch, norm_pass, projection_pass, tuning, update_pass
+from legw_kernels import arguments, launch, norm_pass, projection_pass, tuning, update_pass
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
@@ -116,13 +117,14 @@ def _letters(line: str, tile: int) -> str:
     return (_LETTERS.get(found[1], "m") if own else "") + braces
 
 
-_POINTERS = {
-    "segments": "*i64", "addresses": "*i64", "chunks": "*i32", "groups": "*fp64", "milestones": "*i64",
-    "step_counts": "*i64", "tensor_steps": "*i64", "torch_steps": "*fp32", "ticket": "*i32", "master": "*fp32",
-    "partials": "*fp64", "turn": "*i32", "totals": "*fp64", "ratios": "*fp64", "norms": "*fp64",
-    "grad_scale": "*fp32", "found_inf": "*fp32", "nonfinite": "*fp32", "rows": "*i64", "pieces": "*i32",
-    "sums": "*fp64",
-}  # fmt: skip
+_ALIGNED = [["tt.divisibility", 16]]
+_TUPLES = {
+    "tables": arguments.Tables("*i64", "*i64", "*i32", "*fp64", "*i64"),
+    "counters": arguments.Counters("*i64", "*i64", "*fp32", "*i32"),
+    "norms": arguments.Norms("*fp64", "*i32", "*fp64", "*fp64"),
+    "projection": arguments.Projection("*i64", "*i32", "*fp64"),
+    "amp": arguments.Amp("*fp32", "*fp32", "*fp32"),
+}
 _STATES = {"sgd": 1, "lars": 1, "adam": 2, "adamp": 2, "lamb": 2}
 _MODULES = {
     "update": update_pass,
@@ -160,17 +162,25 @@ def compile_kernel(
         "master": not master,
         "grad_scale": not scaled,
         "found_inf": not scaled,
-        "rows": not device_rule.projects,
+        **dict.fromkeys(("rows", "pieces", "sums"), not device_rule.projects),
     }
-    absent |= {f"state_{name}": i >= states for i, name in enumerate("abc")}
+    absent |= {name: i >= states for i, name in enumerate("abc")}
+    state = f"*{compute}"
+    tuples = _TUPLES | {"states": arguments.States(state, state, state, "*fp32")}
     function = getattr(_MODULES[kernel], f"{kernel}_kernel")
-    names = [p.name for p in function.params]
-    kinds = _POINTERS | {f"state_{name}": f"*{compute}" for name in "abc"}
-    signature = {
-        name: "constexpr" if absent.get(name) or name in constants else kinds.get(name, "i32") for name in names
-    }
-    values = {name: None if absent.get(name) else constants[name] for name in names if signature[name] == "constexpr"}
-    aligned = {(i,): [["tt.divisibility", 16]] for i, kind in enumerate(signature.values()) if kind.startswith("*")}
+    signature, values, aligned = dict[str, Any](), dict[tuple[int, ...], Any](), dict[tuple[int, ...], Any]()
+    for i, name in enumerate(p.name for p in function.params):
+        if name in tuples:
+            kinds = {x: "constexpr" if absent.get(x) else kind for x, kind in tuples[name]._asdict().items()}
+            signature[name] = type(tuples[name])(**kinds)
+            for k, kind in enumerate(kinds.values()):
+                (values if kind == "constexpr" else aligned)[i, k] = None if kind == "constexpr" else _ALIGNED
+        elif name in constants:
+            signature[name], values[i,] = "constexpr", constants[name]
+        elif name == "result":
+            signature[name], aligned[i,] = "*fp64", _ALIGNED
+        else:
+            signature[name] = "i32"
     param_dtype = next(dtype for dtype, kind in tuning.TRITON_TYPES.items() if kind == _TYPES[param])
     used = states + device_rule.projects if kernel == "update" else 0
     options = tuning.options(param_dtype, used, amd=target.startswith("gfx"))
