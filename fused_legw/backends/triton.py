@@ -37,8 +37,8 @@ class _Norms(NamedTuple):
         """Of what the last update left."""
         from legw_kernels import tables
 
-        if len(self.partials) > tables.WEIGHT_NORM.value + 1:
-            self.partials[tables.WEIGHT_NORM.value :].fill_(tables.UNKNOWN.value)
+        if len(self.partials) > tables.WEIGHT_NORM + 1:
+            self.partials[tables.WEIGHT_NORM :].fill_(tables.UNKNOWN)
 
 
 def _addresses(bucket: Bucket, gradients: Gradients, dtype: torch.dtype, *, complete: bool) -> list[int]:
@@ -216,7 +216,7 @@ class TritonBackend:
 
         if not self._norms:
             return None
-        rows = {"gradient": tables.GRADIENT_NORM.value, "weight": tables.WEIGHT_NORM.value}
+        rows = {"gradient": tables.GRADIENT_NORM, "weight": tables.WEIGHT_NORM}
         found = list[Tensor]()
         for bucket, segments, norms in zip(self.buckets, self._segments, self._norms, strict=True):
             if kind == "ratio":
@@ -288,7 +288,7 @@ class TritonBackend:
             x: Tensor | float
             for x in self._rule.hyper(group):
                 if isinstance(x, Tensor):
-                    on_device.append((len(rows) + tables.HYPER.value + len(hyper), x))
+                    on_device.append((len(rows) + tables.HYPER + len(hyper), x))
                 hyper.append(0.0 if isinstance(x, Tensor) else x)
             states = sum(1 << self._rule.states.index(name) for name in used)
             clip, vectors = self._rule.clip(group), self._rule.exempts_vectors(group)
