@@ -63,7 +63,7 @@ class GroupTable:
             x: Tensor | float
             for x in self._spec.hyper(group):
                 if isinstance(x, Tensor):
-                    on_device.append((len(rows) + tables.HYPER.value + len(hyper), x))
+                    on_device.append((len(rows) + tables.HYPER + len(hyper), x))
                 hyper.append(0.0 if isinstance(x, Tensor) else x)
             states = sum(1 << self._spec.states.index(name) for name in self._spec.used_states(group))
             clip, vectors = self._spec.clip(group), self._spec.exempts_vectors(group)

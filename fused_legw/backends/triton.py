@@ -33,8 +33,8 @@ class _Norms(NamedTuple):
 
     def forget_weights(self) -> None:
         """Forget the weights' norms that the last update left."""
-        if len(self.partials) > tables.WEIGHT_NORM.value + 1:
-            self.partials[tables.WEIGHT_NORM.value :].fill_(tables.UNKNOWN.value)
+        if len(self.partials) > tables.WEIGHT_NORM + 1:
+            self.partials[tables.WEIGHT_NORM :].fill_(tables.UNKNOWN)
 
 
 def _addresses(bucket: Bucket, gradients: Gradients, dtype: torch.dtype, *, complete: bool) -> list[int]:
@@ -192,7 +192,7 @@ class TritonBackend(Backend):
     def norms(self, kind: str) -> list[Tensor] | None:
         if not self._norms:
             return None
-        rows = {"gradient": tables.GRADIENT_NORM.value, "weight": tables.WEIGHT_NORM.value}
+        rows = {"gradient": tables.GRADIENT_NORM, "weight": tables.WEIGHT_NORM}
         found = list[Tensor]()
         for bucket, segments, norms in zip(self.buckets, self._segments, self._norms, strict=True):
             if kind == "ratio":

@@ -52,7 +52,7 @@ def group_row(
     if int(float(address)) != address:
         raise ValueError(f"lr is a tensor at address {address}, which float64 does not hold: clone it")
     row = [*recipe, float(address), *milestones, states, *clip, exempt_vectors, *hyper]
-    return row + [0.0] * (tables.GROUP_WIDTH.value - len(row))
+    return row + [0.0] * (tables.GROUP_WIDTH - len(row))
 
 
 @dataclass
@@ -217,7 +217,7 @@ def tensor_norms(
     segments: Tensor, partials: Tensor, turn: Tensor | None, kind: int, param_dtype: torch.dtype, tile: int
 ) -> Tensor:
     """float64, one per tensor: the norms of one kind, a row of `partials`."""
-    n = segments.numel() // tables.SEGMENT_WIDTH.value
+    n = segments.numel() // tables.SEGMENT_WIDTH
     norms = torch.empty(n, dtype=torch.float64, device=segments.device)
     grid = max(1, min(n, most_programs(segments.device, torch.float32, 0)))
     launch(

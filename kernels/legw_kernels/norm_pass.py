@@ -3,9 +3,18 @@
 import triton
 import triton.language as tl
 
+from .constants import (
+    CHUNK_TILES,
+    FIRST_CHUNK,
+    FIRST_TILE,
+    GRADIENT_NORM,
+    NUMEL,
+    SEGMENT_WIDTH,
+    UPDATE_NORM,
+    WEIGHT_NORM,
+)
 from .norms import add_square, add_tile, chunk_norm, root, tile_norm
 from .program import begin, chunk_count, prepare, tensor_norm, weight_row
-from .tables import CHUNK_TILES, FIRST_CHUNK, FIRST_TILE, GRADIENT_NORM, NUMEL, SEGMENT_WIDTH, UPDATE_NORM, WEIGHT_NORM
 from .tiles import load_state, load_tile, load_weight, store_state
 
 

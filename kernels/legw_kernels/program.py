@@ -4,8 +4,7 @@ import triton
 import triton.language as tl
 
 from . import formulas
-from .norms import norm_of
-from .tables import (
+from .constants import (
     CHUNK_TILES,
     CLIP,
     CLIP_DIVIDES,
@@ -23,7 +22,9 @@ from .tables import (
     STATES,
     UPDATE_NORM,
     WEIGHT_NORM,
+    always,
 )
+from .norms import norm_of
 
 _ScheduleConstants = tl.constexpr(formulas.ScheduleConstants)
 _TENSOR32 = tl.constexpr(formulas.TENSOR32)
@@ -92,7 +93,7 @@ def _narrow(x, COMPUTE: tl.constexpr):
 @triton.jit
 def begin(norms, amp, n_totals, GLOBAL: tl.constexpr, SKIP: tl.constexpr, COMPUTE: tl.constexpr):
     """(whether to apply this step, whether the global norm is finite, 1 / AMP's scale, that norm): for all programs."""
-    finite = n_totals >= 0
+    finite = always(n_totals)
     norm = tl.full([], 0.0, tl.float64)
     inverse = tl.full([], 1.0, tl.float32)
     if amp.grad_scale is not None:
@@ -100,7 +101,7 @@ def begin(norms, amp, n_totals, GLOBAL: tl.constexpr, SKIP: tl.constexpr, COMPUT
     if GLOBAL:
         norm = norm_of(norms.totals, n_totals, NORMS_BLOCK, True)
         finite = norm < float("inf")
-    apply = n_totals >= 0
+    apply = always(n_totals)
     if SKIP:
         apply = finite
     if amp.found_inf is not None:

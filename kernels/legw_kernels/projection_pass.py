@@ -20,8 +20,8 @@ import triton
 import triton.language as tl
 
 from . import formulas
+from .constants import FIRST_TILE, GROUP, GROUP_WIDTH, HYPER, NORMS_BLOCK, SEGMENT_WIDTH, columns
 from .program import begin, prepare
-from .tables import FIRST_TILE, GROUP, GROUP_WIDTH, HYPER, NORMS_BLOCK, SEGMENT_WIDTH, columns
 from .tiles import load_weight
 
 # Columns of a row of `rows`.

@@ -16,40 +16,32 @@ totals     float64: norms of other devices' gradients, then of what each program
 ratios     float64, one per tensor: its trust ratio
 """
 
-from typing import Any
-
-import triton.language as tl
+from . import formulas
 
 # Columns of a segment's row.
-NUMEL = tl.constexpr(0)
-FIRST_TILE = tl.constexpr(1)
-FIRST_CHUNK = tl.constexpr(2)
-CHUNK_TILES = tl.constexpr(3)  # tiles of a chunk; the tensor's last may have fewer
-GROUP = tl.constexpr(4)
-IS_VECTOR = tl.constexpr(5)  # 1: of one dimension or none
-SEGMENT_WIDTH = tl.constexpr(6)
+NUMEL = 0
+FIRST_TILE = 1
+FIRST_CHUNK = 2
+CHUNK_TILES = 3  # tiles of a chunk; the tensor's last may have fewer
+GROUP = 4
+IS_VECTOR = 5  # 1: of one dimension or none
+SEGMENT_WIDTH = 6
 
 # Columns of a group's row: the recipe's fields in their order, then these.
-LR_ADDRESS = tl.constexpr(10)  # of a device tensor that holds the LR
-MILESTONES = tl.constexpr(11)  # this group's slice of the milestone table: begin,
-MILESTONE_COUNT = tl.constexpr(12)  # and length
-STATES = tl.constexpr(13)  # which states an update uses, a bit each; if any, it advances the tensor's own count
-CLIP = tl.constexpr(14)  # the global norm to clip at; infinite: none
-CLIP_DIVIDES = tl.constexpr(15)  # 1 for LAMB's clipping formula
-EXEMPT_VECTORS = tl.constexpr(16)  # 1: tensors of one dimension or none are neither adapted nor decayed
-HYPER = tl.constexpr(17)  # the fields of the rule's hyper-parameters in their order
-GROUP_WIDTH = tl.constexpr(36)
+LR_ADDRESS = len(formulas.ScheduleConstants._fields)  # of a device tensor that holds the LR
+MILESTONES = LR_ADDRESS + 1  # this group's slice of the milestone table: begin,
+MILESTONE_COUNT = LR_ADDRESS + 2  # and length
+STATES = LR_ADDRESS + 3  # which states an update uses, a bit each; if any, it advances the tensor's own count
+CLIP = LR_ADDRESS + 4  # the global norm to clip at; infinite: none
+CLIP_DIVIDES = LR_ADDRESS + 5  # 1 for LAMB's clipping formula
+EXEMPT_VECTORS = LR_ADDRESS + 6  # 1: tensors of one dimension or none are neither adapted nor decayed
+HYPER = LR_ADDRESS + 7  # the fields of the rule's hyper-parameters in their order
+_FIELDS = max(len(formulas.MomentumHyper._fields), len(formulas.AdamHyper._fields))
+GROUP_WIDTH = -(-(HYPER + _FIELDS) // 4) * 4  # rows of whole sectors, of 32 bytes
 
 # Rows of `partials`.
-GRADIENT_NORM = tl.constexpr(0)
-UPDATE_NORM = tl.constexpr(1)
-WEIGHT_NORM = tl.constexpr(2)  # with carried norms this row and the next take turns
+GRADIENT_NORM = 0
+UPDATE_NORM = 1
+WEIGHT_NORM = 2  # with carried norms this row and the next take turns
 
-UNKNOWN = tl.constexpr(-1.0)  # stands for the norm of a weight that no update has left
-
-NORMS_BLOCK = tl.constexpr(256)  # norms that are added up at a time
-
-
-def columns(hyper: Any, *fields: str) -> list[tl.constexpr]:
-    """The columns of hyper-parameters in a group's row, from its first on."""
-    return [tl.constexpr(hyper._fields.index(field)) for field in fields]
+UNKNOWN = -1.0  # stands for the norm of a weight that no update has left

@@ -6,10 +6,10 @@ Order comes from the order of launches alone, but for the counts, which the last
 import triton
 import triton.language as tl
 
+from .constants import CHUNK_TILES, FIRST_CHUNK, FIRST_TILE, GROUP, GROUP_WIDTH, NUMEL, SEGMENT_WIDTH, STATES
 from .norms import add_tile, chunk_norm, tile_norm
 from .program import begin, prepare, true_count, weight_row
 from .projection_pass import ROWS_WIDTH, row_factors
-from .tables import CHUNK_TILES, FIRST_CHUNK, FIRST_TILE, GROUP, GROUP_WIDTH, NUMEL, SEGMENT_WIDTH, STATES
 from .tiles import load_state, load_tile, load_weight, store_state, store_tile
 
 

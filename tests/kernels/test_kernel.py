@@ -190,9 +190,10 @@ def test_host_tables_change_only_when_values_do(triton_device, monkeypatch):
 def test_rows_match_the_columns_of_their_tables():
     from legw_kernels import launch, tables
 
-    assert len(formulas.ScheduleConstants()) == tables.LR_ADDRESS.value
     for hyper in (formulas.MomentumHyper(), formulas.AdamHyper()):
         row = launch.group_row(formulas.ScheduleConstants(), None, (0, 0), 1, (1.0, False), False, hyper)
-        assert len(row) == tables.GROUP_WIDTH.value
-        assert tuple(row[tables.HYPER.value :][: len(hyper)]) == hyper
-    assert len(launch.segment_row(torch.zeros(1), 0, 0, 4, 0)) == tables.SEGMENT_WIDTH.value
+        assert len(row) == tables.GROUP_WIDTH
+        assert tuple(row[tables.HYPER :][: len(hyper)]) == hyper
+        assert tuple(row[: tables.LR_ADDRESS]) == formulas.ScheduleConstants()
+        assert row[tables.STATES : tables.HYPER] == [1, 1.0, False, False]
+    assert len(launch.segment_row(torch.zeros(1), 0, 0, 4, 0)) == tables.SEGMENT_WIDTH

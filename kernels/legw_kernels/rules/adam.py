@@ -6,7 +6,7 @@ import triton
 import triton.language as tl
 
 from .. import formulas
-from ..tables import columns
+from ..constants import always, columns, never
 
 _AdamHyper = tl.constexpr(formulas.AdamHyper)
 _one_minus_power = formulas.on_device(formulas.one_minus_power)
@@ -68,8 +68,8 @@ def _adam_prepare(hyper, lr, count, scale, ratio, flag, MOMENTS: tl.constexpr, C
         scale,
         step * ratio,
         ratio,
-        count < 0,
-        count >= 0,
+        never(count),
+        always(count),
         decay * (1 - decoupled),
         decay * decoupled,
         beta1.to(COMPUTE),

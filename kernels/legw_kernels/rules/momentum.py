@@ -6,7 +6,7 @@ import triton
 import triton.language as tl
 
 from .. import formulas
-from ..tables import columns
+from ..constants import columns, never
 
 _MomentumHyper = tl.constexpr(formulas.MomentumHyper)
 _lars_ratio = formulas.on_device(formulas.lars_ratio)
@@ -46,8 +46,8 @@ def sgd_prepare(hyper, lr, count, scale, exempt, w_norm, x_norm, IN_NORM_PASS: t
         scale * tl.load(hyper + _M_SIGN).to(COMPUTE),
         lr.to(COMPUTE),
         one,
-        count < 0,
-        count < 0,
+        never(count),
+        never(count),
         one,
         tl.load(hyper + _M_WEIGHT_DECAY).to(COMPUTE),
         tl.load(hyper + _M_MOMENTUM).to(COMPUTE),
