@@ -158,8 +158,8 @@ def reduce_kernel(
     kind = tl.cast(KIND, tl.int32)
     if KIND == WEIGHT_NORM:
         kind = weight_row(turn, 1)  # of before the last update
-    for segment in range(tl.program_id(0), n_segments, tl.num_programs(0)):
-        segment = tl.cast(segment, tl.int64)
+    for index in range(tl.program_id(0), n_segments, tl.num_programs(0)):
+        segment = tl.cast(index, tl.int64)
         row = segments + segment * SEGMENT_WIDTH
         norm = tensor_norm(partials, n_chunks, row, kind, COMPUTE, BLOCK)
         if turn is not None:

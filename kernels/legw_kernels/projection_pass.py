@@ -153,8 +153,8 @@ def factors_kernel(
     segments, addresses, groups, rows, sums, n_sums, n_segments, COMPUTE: tl.constexpr
 ):  # fmt: skip
     """The factor of every row of every tensor with a gradient."""
-    for segment in range(tl.program_id(0), n_segments, tl.num_programs(0)):
-        segment = tl.cast(segment, tl.int64)
+    for index in range(tl.program_id(0), n_segments, tl.num_programs(0)):
+        segment = tl.cast(index, tl.int64)
         if tl.load(addresses + n_segments + segment) > 0:
             hyper = groups + tl.load(segments + segment * SEGMENT_WIDTH + GROUP) * GROUP_WIDTH + HYPER
             decay = tl.load(hyper + _WEIGHT_DECAY)
