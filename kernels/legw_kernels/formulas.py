@@ -240,7 +240,7 @@ def lars_factors(lr, ratio, form):
 def lamb_ratio(w_norm, u_norm, h):
     """LAMB's trust ratio of one tensor; 1 where a norm is zero."""
     ratio = 0.0 * w_norm + 1.0
-    if (h.adapt != 0) and (w_norm > 0) and (u_norm > 0):
+    if ((h.adapt != 0) and (w_norm > 0)) and (u_norm > 0):
         ratio = min(max(w_norm, h.weight_low), h.weight_high) / u_norm
         ratio = min(max(ratio, h.ratio_low), h.ratio_high)
     return ratio

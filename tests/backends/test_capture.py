@@ -9,6 +9,7 @@ from torch import Tensor
 from fused_legw import LAMB, LARS, SGD, Adam, AdamP, Cosine, capture
 from tests.support.cases import legw, make_params, twins
 from tests.support.graphs import capturing, constant_gradients, spares  # noqa: F401  # spares prepares eager steps for captures
+from tests.support.machine import needs_other_grad_dtypes
 
 
 def _optimizer(params: list[Tensor], cls: type = SGD, options: dict | None = None):
@@ -99,6 +100,7 @@ def test_a_graph_outlives_a_rebuild(triton_device, monkeypatch):
     assert momentum() is not None
 
 
+@needs_other_grad_dtypes
 def test_a_refused_capture_leaves_nothing_behind(triton_device, monkeypatch):
     """A ticket made inside a capture would not be zero outside of it."""
     params, sgd = _setup(triton_device)

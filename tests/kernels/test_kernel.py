@@ -9,7 +9,7 @@ from torch import Tensor
 from fused_legw import SGD, Cosine
 from legw_kernels import formulas
 from tests.support.cases import give_gradients, legw, make_params, twins
-from tests.support.machine import INTERPRETED
+from tests.support.machine import INTERPRETED, needs_other_grad_dtypes
 
 interpreted = pytest.mark.skipif(not INTERPRETED, reason="counts accesses in the interpreter")
 
@@ -47,6 +47,7 @@ def test_one_launch_for_each_pair_of_dtypes_and_one_count(triton_device, launche
     assert optimizer.get_last_lr() == [legw()(2)]
 
 
+@needs_other_grad_dtypes
 def test_a_gradient_of_another_dtype(triton_device, launches):
     """Each pair of dtypes is a launch; both see the same t, and a tensor is updated by one of them."""
     params = make_params(torch.float64, triton_device, [(7,), (40,)])

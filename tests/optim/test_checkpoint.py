@@ -213,6 +213,7 @@ def test_a_checkpoint_without_a_schedule_keeps_the_optimizers(backend, device):
 
 
 @pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
+@pytest.mark.filterwarnings("ignore:TypedStorage is deprecated")  # torch 2.9 itself uses it there
 @pytest.mark.parametrize("flattened", [False, True])
 @pytest.mark.parametrize("scheduled", [True, False])
 @pytest.mark.parametrize("cls", [SGD, LARS, Adam, AdamP, LAMB], ids=lambda cls: cls.__name__)

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from fused_legw import LAMB, LARS, SGD, Adam, AdamP, AdamW, Cosine, reference
 from tests.support.cases import give_gradients, legw, make_params, same, twins
+from tests.support.machine import needs_other_grad_dtypes
 
 FAMILY = [
     (SGD, dict(momentum=0.9, dampening=0.3)),
@@ -94,6 +95,7 @@ def test_equals_torchs_three_calls(backend, device, cls, options, kind):
     _compare(ours, params, theirs)
 
 
+@needs_other_grad_dtypes
 @family
 @pytest.mark.parametrize(("param", "gradient"), [("float32", "bfloat16"), ("bfloat16", "float32")])
 def test_gradients_in_another_dtype(backend, device, cls, options, param, gradient):

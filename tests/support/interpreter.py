@@ -10,15 +10,16 @@ from triton.runtime import interpreter
 
 
 def patch_once_per_launch() -> None:
-    if not all(hasattr(interpreter, name) for name in ("_patch_lang", "_LangPatchScope", "GridExecutor")):
+    if not all(hasattr(interpreter, name) for name in ("_patch_lang", "GridExecutor")):
         return
+    scope = getattr(interpreter, "_LangPatchScope", lambda: None)  # Triton 3.5 undoes no patch
     patched: set[frozenset[int]] = set()
     patch_lang, launch = interpreter._patch_lang, interpreter.GridExecutor.__call__
 
     def patch(fn):
         key = frozenset(id(value) for value in fn.__globals__.values() if value is tl or value is tl.core)
         if key in patched:
-            return interpreter._LangPatchScope()
+            return scope()
         patched.add(key)
         return patch_lang(fn)
 
