@@ -11,19 +11,26 @@ DOCS := .venv-docs
 demo: $(READY)
 	$(BIN)/fused-legw demo
 
-# Both gates, the first in two halves; any keeps one core busy.
+# Both gates, the first in four parts; each keeps one core busy.
+PARTS := 0 1 2 3
 test: $(READY)
-	$(MAKE) --jobs=2 --keep-going --no-print-directory values-0 values-1 codes
+	$(MAKE) --jobs=2 --keep-going --no-print-directory codes $(PARTS:%=values-%)
 
 values-%: $(READY)
-	TRITON_INTERPRET=1 $(BIN)/pytest -m "not codegen" $$($(BIN)/python tests/support/deal.py $* 2)
+	TRITON_INTERPRET=1 $(BIN)/pytest -m "not codegen" $$($(BIN)/python tests/support/deal.py $* $(words $(PARTS)))
 
 codes: $(READY)
 	$(BIN)/pytest -m codegen
 
-# For people at work: the folders that need seconds, with ATen alone.
+# For people at work: under a minute on two cores, with ATen alone.
 quick: $(READY)
-	$(BIN)/pytest -m "not codegen" tests/schedules tests/buffers tests/optim tests/contract
+	$(MAKE) --jobs=2 --no-print-directory quick-optim quick-rest
+
+quick-optim quick-rest: quick-%: $(READY)
+	$(BIN)/pytest -q -m "not codegen" $(QUICK_$*)
+
+QUICK_optim := tests/optim tests/training/test_follow_schedule.py
+QUICK_rest := tests/schedules tests/buffers tests/backends tests/contract tests/cli tests/docs/test_docstrings.py
 
 lint: $(READY)
 	$(BIN)/ruff check
