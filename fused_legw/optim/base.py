@@ -255,8 +255,6 @@ class FusedOptimizer(StepReports, torch.optim.Optimizer):
 
     # The step
 
-    @torch.compiler.disable  # type: ignore[untyped-decorator]
-    @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Update every parameter that has a gradient. Returns the closure's loss, if there is a closure.
 
@@ -265,6 +263,11 @@ class FusedOptimizer(StepReports, torch.optim.Optimizer):
             RuntimeError: a group with a schedule has an `lr` that other code or a torch LR scheduler wrote.
             TypeError, ValueError: an option written to a group is not valid. In all cases nothing has changed.
         """
+        return self._step(closure)
+
+    @torch.compiler.disable  # type: ignore[untyped-decorator]  # on `step`, torch 2.9 would lose self
+    @torch.no_grad()
+    def _step(self, closure: Callable[[], Any] | None) -> Any:
         loss = None
         if closure is not None:
             with torch.enable_grad():
