@@ -22,23 +22,21 @@ def _store_states(states, at, used, a, b, c):
 
 @triton.jit
 def _update_tile(
-    tile, row, where, own_rows, n_segments, h, used, states,
+    start, n, address, gradient, row, own_rows, h, used, states,
     ADVANCE: tl.constexpr, DIRECTION: tl.constexpr, MOMENTS_DONE: tl.constexpr, CARRY: tl.constexpr,
     PARAM: tl.constexpr, GRAD: tl.constexpr, COMPUTE: tl.constexpr, BLOCK: tl.constexpr,
     WIDE: tl.constexpr, WIDE_GRADIENT: tl.constexpr,
 ):  # fmt: skip
-    """`update_tile` for one kind of tile. WIDE: full, its weights aligned. WIDE_GRADIENT: its gradients too."""
-    # Loaded for each tile anew: what does not change from tile to tile the compiler would keep in registers, and of an
-    # address it would make a pointer for each element.
-    address = tl.load(where)
-    start = tile * BLOCK
-    n = tl.minimum(tl.load(row + NUMEL) - start, BLOCK).to(tl.int32)
+    """`update_tile` for one kind of tile. WIDE: full, its weights aligned. WIDE_GRADIENT: its gradients too.
+
+    start: its first element, among the tensor's own. n: its elements.
+    """
     at = tl.load(row + FIRST_TILE) * BLOCK + start + tl.arange(0, BLOCK)
     p = load_tile(address, start, n, WIDE, PARAM, BLOCK)
     w = load_weight(p, states.master, at, COMPUTE)
     g = w
     if not MOMENTS_DONE:
-        g = load_tile(tl.load(where + n_segments), start, n, WIDE_GRADIENT, GRAD, BLOCK).to(COMPUTE) * h.scale
+        g = load_tile(gradient, start, n, WIDE_GRADIENT, GRAD, BLOCK).to(COMPUTE) * h.scale
     a = load_state(states.a, at, used & 1, g)
     b = load_state(states.b, at, used & 2, g)
     c = load_state(states.c, at, used & 4, g)
@@ -75,25 +73,32 @@ def update_tile(
     tile: among the tensor's own. row: its segment. where: its parameter's address, n_segments before its gradient's.
     own_rows: where the rule projects, its row in `rows`.
     """
+    # Loaded for each tile anew: what does not change from tile to tile the compiler would keep in registers, and of an
+    # address it would make a pointer for each element.
+    start = tile * BLOCK
+    n = tl.minimum(tl.load(row + NUMEL) - start, BLOCK).to(tl.int32)
+    address = tl.load(where)
+    gradient = address
     # Branches around the whole tile: see `load_tile`. Gradients are often less aligned than weights, being parts of a
     # bucket or a shard.
-    wide = (tl.load(row + NUMEL) - tile * BLOCK >= BLOCK) & (tl.load(where) % 16 == 0)
+    wide = (n >= BLOCK) & (address % 16 == 0)
     wide_gradient = wide
     if not MOMENTS_DONE:  # else none is read
-        wide_gradient = wide & (tl.load(where + n_segments) % 16 == 0)
+        gradient = tl.load(where + n_segments)
+        wide_gradient = wide & (gradient % 16 == 0)
     if wide_gradient:
         norm = _update_tile(
-            tile, row, where, own_rows, n_segments, h, used, states,
+            start, n, address, gradient, row, own_rows, h, used, states,
             ADVANCE, DIRECTION, MOMENTS_DONE, CARRY, PARAM, GRAD, COMPUTE, BLOCK, True, True,
         )  # fmt: skip
     elif wide:
         norm = _update_tile(
-            tile, row, where, own_rows, n_segments, h, used, states,
+            start, n, address, gradient, row, own_rows, h, used, states,
             ADVANCE, DIRECTION, MOMENTS_DONE, CARRY, PARAM, GRAD, COMPUTE, BLOCK, True, False,
         )  # fmt: skip
     else:
         norm = _update_tile(
-            tile, row, where, own_rows, n_segments, h, used, states,
+            start, n, address, gradient, row, own_rows, h, used, states,
             ADVANCE, DIRECTION, MOMENTS_DONE, CARRY, PARAM, GRAD, COMPUTE, BLOCK, False, False,
         )  # fmt: skip
     return norm
