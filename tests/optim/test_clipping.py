@@ -250,3 +250,20 @@ def test_what_a_step_found(backend, device, cls, options):
             x = g[p] * clip
             ratio = w_norm / (x / (x.abs() + 1e-6) + decay * w.detach()).norm().item()
         assert float(optimizer.trust_ratios()[p]) == pytest.approx(ratio, rel=1e-9)
+
+
+@pytest.mark.parametrize("cls", [SGD, LARS, LAMB, Adam], ids=lambda cls: cls.__name__)
+def test_clipping_that_begins_and_ends_in_mid_run(backend, device, cls):
+    """As by an optimizer that was made with the threshold of each stretch."""
+    params = make_params(torch.float64, device)
+    optimizer = cls(params, lr=0.1, tile=16, backend=backend)
+    for stretch, limit in enumerate((None, 0.5, None, math.inf, 1e-3)):
+        state, copies = optimizer.state_dict(), twins(params)
+        other = cls(copies, lr=0.1, tile=16, backend=backend, max_grad_norm=limit)
+        other.load_state_dict({**state, "param_groups": [{**state["param_groups"][0], "max_grad_norm": limit}]})
+        optimizer.param_groups[0]["max_grad_norm"] = limit
+        for step in (2 * stretch, 2 * stretch + 1):
+            give_gradients(step, params, copies)
+            optimizer.step()
+            other.step()
+            same(params, copies)
