@@ -91,7 +91,7 @@ def update_tile(
             start, n, address, gradient, row, own_rows, h, used, states,
             ADVANCE, DIRECTION, MOMENTS_DONE, CARRY, PARAM, GRAD, COMPUTE, BLOCK, True, True,
         )  # fmt: skip
-    elif wide:
+    elif wide & (not MOMENTS_DONE):
         norm = _update_tile(
             start, n, address, gradient, row, own_rows, h, used, states,
             ADVANCE, DIRECTION, MOMENTS_DONE, CARRY, PARAM, GRAD, COMPUTE, BLOCK, True, False,
