@@ -17,9 +17,9 @@ from tests.support.machine import DEVICE, HAS_TRITON, INTERPRETED
 
 torch.set_num_threads(1)  # tensors here are too small to share
 if INTERPRETED:
-    from tests.support.interpreter import patch_once_per_launch
+    from tests.support.interpreter import make_faster
 
-    patch_once_per_launch()
+    make_faster()
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
