@@ -99,15 +99,15 @@ class DistributedNorms:
     The hook measures each bucket before and after its all-reduce, and does not change gradients. Every worker calls
     `step` once after each backward pass with communication; it averages one number over the workers.
 
+        norms = DistributedNorms(GradientNoiseScale(batch, batch * world_size))
+        model.register_comm_hook(norms, DistributedNorms.hook)
+
     Args:
         noise: its small_batch is the samples of one worker; its big_batch is those of all workers.
         process_group: the model's process group; None for the default one.
 
     Raises:
         ValueError: the batch sizes do not fit the number of workers.
-
-        norms = DistributedNorms(GradientNoiseScale(batch, batch * world_size))
-        model.register_comm_hook(norms, DistributedNorms.hook)
     """
 
     def __init__(self, noise: GradientNoiseScale, process_group: Any = None) -> None:
