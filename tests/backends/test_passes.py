@@ -51,12 +51,17 @@ def test_launches(triton_device, launches, cls, options, expected):
         assert sum(constants.get("LAST", False) for _, constants in launches) == 2
 
 
-def test_launches_for_3000_tensors(triton_device, launches):
+def test_launches_for_3000_tensors(triton_device, monkeypatch):
+    """Counted, not run: the interpreter would take half a minute for values that other tests look at."""
+    from legw_kernels import launch
+
+    launches = []
+    monkeypatch.setattr(launch, "launch", lambda kernel, *args, **constants: launches.append(kernel.fn.__name__))
     params = make_params(torch.float32, triton_device, [(1,)] * 3000)
     optimizer = Adam(params, tile=16, backend="triton")
     give_gradients(4, params)
     optimizer.step()
-    assert len(launches) == 1
+    assert launches == ["update_kernel"]
 
 
 @pytest.mark.parametrize("cls", [SGD, LARS, LAMB])

@@ -1,7 +1,7 @@
 """Triton's interpreter, more than twice as fast. Where a version has other internals, it stays as it is.
 
-It patches `triton.language` anew at every call within a kernel, where once per launch is enough. And it makes a table of
-NumPy's dtypes whenever it needs one of them.
+It patches `triton.language` anew at every call within a kernel, where once per launch is enough. And it makes a table
+of NumPy's dtypes whenever it needs one of them.
 """
 
 from __future__ import annotations
