@@ -165,12 +165,18 @@ def check_lr(lr: object, name: str, p: Tensor) -> None:
 
 
 def check_state(label: str, state: Mapping[str, Any], names: Iterable[str], shape: torch.Size) -> None:
-    """Refuse state that does not have its parameter's shape; torch would broadcast it."""
+    """Refuse state that does not have its parameter's shape, which torch would broadcast, or that cannot be copied."""
     for name in names:
         value = state.get(name)
-        if value is not None and not (isinstance(value, Tensor) and value.shape == shape):
+        if value is None:
+            continue
+        if not (isinstance(value, Tensor) and value.shape == shape):
             found = f"shape {tuple(value.shape)}" if isinstance(value, Tensor) else f"the value {value!r}"
             raise ValueError(f"{label}[{name!r}] has {found}, but its parameter has shape {tuple(shape)}")
+        plain = is_dispatched_plainly(value) and value.layout == torch.strided
+        if not plain or value.is_meta or value.is_complex() or value.is_quantized:
+            found = f"{type(value).__name__} of {value.dtype} on {value.device}, layout {value.layout}"
+            raise TypeError(f"{label}[{name!r}] must be a plain tensor of real numbers, got a {found}")
 
 
 def check_gradient(name: str, p: Tensor) -> None:
@@ -184,8 +190,13 @@ def check_gradient(name: str, p: Tensor) -> None:
             )
 
 
+def is_dispatched_plainly(x: Tensor) -> bool:
+    """Whether this is no sharded or otherwise wrapped tensor."""
+    return bool(type(x).__torch_dispatch__ is Tensor.__torch_dispatch__)
+
+
 def _check_plain(name: str, x: Tensor) -> None:
-    if type(x).__torch_dispatch__ is not Tensor.__torch_dispatch__:
+    if not is_dispatched_plainly(x):
         raise TypeError(f"{name} is a {type(x).__name__}: sharded and other subclass tensors are not supported")
     if x.layout != torch.strided:
         raise RuntimeError(f"{name} has layout {x.layout}: sparse tensors are not supported, only torch.strided")
@@ -193,8 +204,16 @@ def _check_plain(name: str, x: Tensor) -> None:
         raise TypeError(f"{name} has dtype {x.dtype}: supported are {', '.join(map(str, SUPPORTED_DTYPES))}")
 
 
+def step_count(value: Any) -> Any:
+    """The number in a `step`: of a tensor or array of one element that element. None if it cannot be read."""
+    try:
+        return value.item() if hasattr(value, "item") else value
+    except (ValueError, RuntimeError):  # several elements, or none that are in memory
+        return None
+
+
 def check_step(label: str, value: Any) -> None:
     """Reject a `step` that is not a number of updates."""
-    steps = value.item() if isinstance(value, Tensor) and value.numel() == 1 else value
-    if not (isinstance(steps, numbers.Real) and 0 <= float(steps) < math.inf):
-        raise ValueError(f"{label}['step'] must be a number of updates, zero or more, got {value!r}")
+    steps = step_count(value)
+    if not (isinstance(steps, numbers.Real) and 0 <= float(steps) < 2.0**63):
+        raise ValueError(f"{label}['step'] must be a number of updates, zero or more and below 2**63, got {value!r}")

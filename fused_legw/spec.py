@@ -57,6 +57,10 @@ class OptimizerSpec:
         """The states that a group with these hyper-parameters needs."""
         raise NotImplementedError
 
+    def needed_states(self, group: Group) -> tuple[str, ...]:
+        """The states without which a count of updates, or the other states, cannot be gone on with."""
+        return self.used_states(group)
+
     def hyper(self, group: Group) -> Any:
         """The group's hyper-parameters as one of `formulas`' tuples. Tensors on a GPU stay tensors."""
         raise NotImplementedError

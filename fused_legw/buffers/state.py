@@ -6,26 +6,20 @@ from collections.abc import Mapping, Sequence, ValuesView
 from itertools import chain
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from .. import capture
+from ..checks import step_count
 from ..spec import Group, OptimizerSpec
 from .bucket import MASTER, STEP, Bucket, Segment
+from .complete import counts_in_group, missing
 from .same import Same
 
 State = dict[Tensor, dict[str, Any]]  # torch.optim's
 
 
-def _entries_changed(segment: Segment, state: State, names: tuple[str, ...]) -> bool:
-    """Whether other code replaced, added or removed a segment's state. names: the states of the spec."""
-    own = state.get(segment.param, {})
-    for name, view in segment.state.items():  # a loop, because a generator is slower
-        if own.get(name) is not (view if name in segment.shown else None):
-            return True
-    if len(own) > len(segment.shown):  # other code may have added state without a buffer: momentum_buffer at momentum=0
-        return any(own.get(name) is not None and name not in segment.state for name in names)
-    return False
+def _misfits(master: Any, p: Tensor) -> bool:
+    return master is not None and getattr(master, "shape", None) != p.shape
 
 
 class StateViews:
@@ -45,12 +39,25 @@ class StateViews:
         steps: known update counts of parameters. They take precedence over the float32 counts in `state`.
         """
         self._spec, self._groups, self._state, self._buckets = spec, groups, state, buckets
+        self.shapes = {segment.param: segment.param.shape for bucket in buckets for segment in bucket.segments}
         # The content of `state` when `changed` last compared it entry by entry:
         self._dicts = Same()  # its keys and dicts
         self._values = Same()  # the values of these dicts
         self._value_views = list[ValuesView[object]]()  # live views of the dicts' values
+        for group in groups:
+            self._take_group_step(group)
         for bucket in buckets:
             self._take(bucket, steps)
+
+    def _take_group_step(self, group: Group) -> None:
+        """Give each state that has all moments and no `step` the one of its group, and remove that."""
+        without = [
+            self._state[p] for p in group["params"] if counts_in_group(self._spec, group, self._state.get(p, {}))
+        ]
+        for state in without:
+            state[STEP] = group[STEP]
+        if without:
+            del group[STEP]
 
     def _take(self, bucket: Bucket, steps: Mapping[Tensor, int]) -> None:
         for segment in bucket.segments:
@@ -62,18 +69,18 @@ class StateViews:
         for segment in bucket.segments:
             state = self._state.get(segment.param, {})
             counted.append(steps.get(segment.param, self._counted(state)))
+            if MASTER not in segment.state or _misfits(state.get(MASTER), segment.param):
+                state.pop(MASTER, None)  # one that its weight has outgrown: it is made anew from the weight
             for name, view in segment.state.items():
                 if state.get(name) is not None:
-                    state[name] = view.copy_(torch.as_tensor(state[name]))
+                    state[name] = view if name == STEP else view.copy_(state[name])
                     segment.shown.add(name)
-            if MASTER not in segment.state:
-                state.pop(MASTER, None)
         bucket.set_steps(counted)
 
     def _counted(self, state: dict[str, Any]) -> int:
         """The update count of a state from elsewhere. SGD's state only shows whether there was any update."""
         if self._spec.counts_steps:
-            return int(state.get(STEP, 0))
+            return int(step_count(state.get(STEP)) or 0)
         return int(any(state.get(name) is not None for name in self._spec.states))
 
     def show(self, bucket: Bucket, segment: Segment, names: tuple[str, ...]) -> None:
@@ -94,12 +101,33 @@ class StateViews:
         dicts = [*state, *state.values()]
         if self._dicts.holds(dicts) and self._values.holds([*chain.from_iterable(self._value_views)]):
             return False
-        if any(_entries_changed(s, state, self._spec.states) for bucket in self._buckets for s in bucket.segments):
-            return True
+        for segment in chain.from_iterable(bucket.segments for bucket in self._buckets):
+            if self._entries_changed(segment, state) or self._respelled(segment, state):
+                return True
         self._dicts.keep(dicts)
-        self._value_views = list(map(dict.values, state.values()))
+        # Under other keys than parameters there may be anything, and it is the user's own.
+        self._value_views = [
+            dict.values(own) for p, own in state.items() if isinstance(p, Tensor) and isinstance(own, dict)
+        ]
         self._values.keep([*chain.from_iterable(self._value_views)])
         return False
+
+    def _entries_changed(self, segment: Segment, state: State) -> bool:
+        """Whether other code replaced, added or removed a segment's state."""
+        own = state.get(segment.param, {})
+        if not isinstance(own, dict):
+            return True
+        for name, view in segment.state.items():  # a loop, because a generator is slower
+            if own.get(name) is not (view if name in segment.shown else None):
+                return True
+        if len(own) > len(segment.shown):  # other code may have added state that has no buffer: momentum at momentum=0
+            return any(own.get(name) is not None and name not in segment.state for name in self._spec.states)
+        return False
+
+    def _respelled(self, segment: Segment, state: State) -> bool:
+        """Whether other code added state under names that are refused."""
+        own = state.get(segment.param, {})
+        return len(own) > len(segment.shown) and bool(missing(self._spec, self._groups[segment.group], own))
 
     def steps(self, state: State) -> dict[Tensor, int]:
         """The update counts of all parameters whose `state` is still our views. Reads the device."""
@@ -107,7 +135,7 @@ class StateViews:
             segment.param: count
             for bucket in self._buckets
             for segment, count in zip(bucket.segments, bucket.exact_steps(), strict=True)
-            if not _entries_changed(segment, state, self._spec.states)
+            if not self._entries_changed(segment, state)
         }
 
     def fresh(self, *, include_requested: bool = True) -> set[Tensor]:

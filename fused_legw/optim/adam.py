@@ -77,6 +77,9 @@ class AdamSpec(MomentsSpec):
     def used_states(self, group: Group) -> tuple[str, ...]:
         return self.states if group["amsgrad"] else self.states[:2]
 
+    def needed_states(self, group: Group) -> tuple[str, ...]:
+        return self.states[:2]  # the maximum starts at 0, also where amsgrad is turned on later
+
     def hyper(self, group: Group) -> AdamHyper:
         own = dict(amsgrad=float(group["amsgrad"]), decoupled=float(group["decoupled_weight_decay"]))
         return super().hyper(group)._replace(**own)

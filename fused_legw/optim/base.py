@@ -111,7 +111,7 @@ class FusedOptimizer(StepReports, torch.optim.Optimizer):
             self._spec.complete(group)
             if self._layout is not None:
                 check_place([group], self.steps_applied)
-                check_params(self._spec, self.param_groups, self.state, self._options["backend"])
+                check_params(self._spec, self.param_groups, self.state, self._options["backend"], self._layout)
         except BaseException:
             self.param_groups.pop()
             raise
@@ -229,7 +229,7 @@ class FusedOptimizer(StepReports, torch.optim.Optimizer):
     def _adopt(self, steps_applied: int | None = None) -> None:
         """(Re)build the flat buffers from the current parameters and `self.state`."""
         options = dict(self._options)
-        backends = check_params(self._spec, self.param_groups, self.state, options.pop("backend"))
+        backends = check_params(self._spec, self.param_groups, self.state, options.pop("backend"), self._layout)
         steps = self.steps_applied if steps_applied is None else steps_applied
         check_place(self.param_groups, steps)
         carry_norms = options.pop("carry_norms")
@@ -353,15 +353,15 @@ class FusedOptimizer(StepReports, torch.optim.Optimizer):
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """As in torch.optim. Also takes state dicts of torch.optim.
+        """As in torch.optim. Also takes state dicts of torch.optim, apex, timm and others.
 
         The dict's schedule and `steps_applied` replace those of the optimizer, like every hyper-parameter. If the dict
         has no schedule, the optimizer keeps its own. To change the schedule, set `param_groups[i]["schedule"]`
         afterwards.
 
         Raises:
-            ValueError: state has the wrong shape; or the dict has no `steps_applied` although a group follows a
-                schedule: set `optimizer.steps_applied` first. Nothing has changed.
+            ValueError: state has the wrong shape or lacks what an update needs; or the dict has no `steps_applied`
+                although a group follows a schedule: set `optimizer.steps_applied` first. Nothing has changed.
             ValueError, TypeError: an option is not valid; nothing has changed.
         """
         # Registered here, so that it runs after the user's hooks.

@@ -13,28 +13,53 @@ from typing import Any
 from torch import Tensor
 
 from ..buffers.bucket import MASTER, STEP
-from ..checks import check_state, check_step, count, naming
+from ..buffers.complete import check_complete, check_values
+from ..buffers.layout import named_params
+from ..checks import count, naming
 from ..schedules.autowu import AutoWU
 from ..schedules.base import Schedule
 from ..schedules.legw import LEGW
+from ..spec import Group
+from .foreign import translate
 from .options import check_params, check_place, check_written_lr
 
-StateDict = dict[str, Any]
+StateDict = dict[Any, Any]
+_LABEL = "the state dict's param_groups[{}]"
 
 
 @dataclass(frozen=True)
 class _Kept:
-    """Hides a tensor from torch's load_state_dict, which would cast it to its parameter's dtype."""
+    """Hides a value from torch's load_state_dict, which would cast a tensor to its parameter's dtype."""
 
-    tensor: Tensor
+    value: Any
 
 
-def own_storages(values: dict[str, Any]) -> dict[str, Any]:
-    """One parameter's state with its tensors copied out of the flat buffers, and "step" on the CPU, as in torch."""
-    own = {name: value.detach().clone() if isinstance(value, Tensor) else value for name, value in values.items()}
-    if isinstance(own.get(STEP), Tensor):
-        own[STEP] = own[STEP].cpu()
-    return own
+def _own_names(optimizer: Any) -> tuple[str, ...]:
+    """The names in a parameter's state that are not the user's."""
+    counted = (STEP,) if optimizer._spec.counts_steps else ()
+    return (*optimizer._spec.states, *counted, MASTER)
+
+
+def _own_storages(optimizer: Any, state: dict[Any, Any], params: dict[Any, Tensor], fresh: set[Tensor]) -> StateDict:
+    """The state with tensors of parameters copied out of the flat buffers, and "step" on the CPU, as in torch.
+
+    Entries that are no parameter's stay as they are. Of a fresh parameter only entries of the user's own stay.
+
+    params: the parameters, by their keys in `state`.
+    """
+    stored = dict[Any, Any]()
+    for key, values in state.items():
+        if key not in params or not isinstance(values, dict):
+            stored[key] = values
+            continue
+        left_out = _own_names(optimizer) if params[key] in fresh else ()
+        own = {name: x.detach().clone() if isinstance(x, Tensor) else x for name, x in values.items()}
+        if isinstance(own.get(STEP), Tensor):
+            own[STEP] = own[STEP].cpu()
+        kept = {name: value for name, value in own.items() if name not in left_out}
+        if kept or not left_out:
+            stored[key] = kept
+    return stored
 
 
 def pack(optimizer: Any, state_dict: StateDict) -> StateDict:
@@ -44,48 +69,52 @@ def pack(optimizer: Any, state_dict: StateDict) -> StateDict:
     ]
     # Leave out state that was allocated but never updated, because the first step was skipped on the device.
     fresh = optimizer._layout.views.fresh(include_requested=False) if optimizer._layout else set()
-    params = [p for group in optimizer.param_groups for p in group["params"]]
-    state = {
-        key: own_storages(values)
-        for key, values in state_dict["state"].items()
-        if not isinstance(key, int) or params[key] not in fresh
-    }
+    params = dict(enumerate(p for group in optimizer.param_groups for p in group["params"]))
+    state = _own_storages(optimizer, state_dict["state"], params, fresh)
     return {**state_dict, "state": state, "param_groups": groups}
 
 
 def unpack(optimizer: Any, state_dict: StateDict) -> StateDict:
-    """Turn a state dict, ours or torch.optim's, into one for torch's load_state_dict. Raises before any change."""
+    """Turn a state dict, ours or another package's, into one for torch's load_state_dict. Raises before any change."""
     groups = [dict(group) for group in state_dict["param_groups"]]
+    sizes, live_sizes = ([len(group["params"]) for group in every] for every in (groups, optimizer.param_groups))
+    if sizes != live_sizes:
+        return state_dict  # torch refuses it
     made = dict[str, Schedule]()  # so that groups that shared a schedule share one again
-    for i, (group, live) in enumerate(zip(groups, optimizer.param_groups, strict=False)):
-        label = f"the state dict's param_groups[{i}]"
-        for name, default in optimizer.defaults.items():
-            group.setdefault(name, live.get(name, default))
-        with naming(label):
+    for i, (group, live) in enumerate(zip(groups, optimizer.param_groups, strict=True)):
+        with naming(_LABEL.format(i)):
+            translate(group, live, optimizer.defaults)
+            for name, default in optimizer.defaults.items():
+                group.setdefault(name, live.get(name, default))
             if group["schedule"] is None:  # from torch.optim, or a run without a schedule
                 group["schedule"] = live["schedule"]
             elif not isinstance(group["schedule"], Schedule):
                 values = group["schedule"]
                 group["schedule"] = made.get(repr(values)) or made.setdefault(repr(values), _schedule(values))
             optimizer._spec.check(group)
-        check_written_lr(label, group["lr"])
+        check_written_lr(_LABEL.format(i), group["lr"])
         optimizer._spec.complete(group)
     _check_steps(optimizer, groups)
-    as_loaded = [{**live, "lr": group["lr"]} for group, live in zip(groups, optimizer.param_groups, strict=False)]
+    as_loaded = [{**live, "lr": group["lr"]} for group, live in zip(groups, optimizer.param_groups, strict=True)]
     check_params(optimizer._spec, as_loaded, {}, optimizer._options["backend"])
-    shapes = {
-        i: p.shape
-        for group, live in zip(groups, optimizer.param_groups, strict=False)
-        for i, p in zip(group["params"], live["params"], strict=False)
-    }
-    state = {}
-    for key, values in state_dict["state"].items():
-        state[key] = {name: _Kept(value) if isinstance(value, Tensor) else value for name, value in values.items()}
-        if key in shapes:
-            check_state(f"state[{key}]", values, (*optimizer._spec.states, MASTER), shapes[key])
-            if optimizer._spec.counts_steps and STEP in values:
-                check_step(f"state[{key}]", values[STEP])
-    return {**state_dict, "state": state, "param_groups": groups}
+    return {**state_dict, "state": _unpacked_state(optimizer, groups, state_dict["state"]), "param_groups": groups}
+
+
+def _unpacked_state(optimizer: Any, groups: list[Group], state: StateDict) -> StateDict:
+    """The state with our own entries hidden from torch, which casts those under other names."""
+    keys = [key for group in groups for key in group["params"]]
+    places = dict(zip(keys, named_params(optimizer.param_groups), strict=True))
+    own = frozenset(_own_names(optimizer))
+    unpacked = dict[Any, Any]()
+    for key, values in state.items():
+        if key in places:
+            name, p, i = places[key]
+            label, spec = f"state[{key}]", optimizer._spec
+            check_complete(f"{label}, the state of {name},", spec, groups[i], values, _LABEL.format(i))
+            check_values(label, spec, values, p.shape)
+            values = {entry: _Kept(value) if entry in own else value for entry, value in values.items()}
+        unpacked[key] = values
+    return unpacked
 
 
 def _schedule(values: Any) -> Schedule:
@@ -107,27 +136,25 @@ def _check_steps(optimizer: Any, groups: list[dict[str, Any]]) -> None:
             )
     else:
         count("steps_applied", given, zero=True)
-    known = groups[: len(optimizer.param_groups)]  # torch refuses more
-    check_place(known, optimizer.steps_applied if given is None else given)
+    check_place(groups, optimizer.steps_applied if given is None else given)
 
 
 def unbox(state: dict[Any, Any]) -> defaultdict[Any, dict[str, Any]]:
     """Undo `unpack`: put the tensors back into the state that torch has loaded."""
-    return defaultdict(
-        dict,
-        {
-            key: {name: value.tensor if isinstance(value, _Kept) else value for name, value in values.items()}
-            for key, values in state.items()
-        },
-    )
+    unboxed = defaultdict[Any, dict[str, Any]](dict, state)
+    for key, values in state.items():
+        if isinstance(key, Tensor) and isinstance(values, dict):
+            unboxed[key] = {name: x.value if isinstance(x, _Kept) else x for name, x in values.items()}
+    return unboxed
 
 
 def pickled(optimizer: Any, state: dict[str, Any]) -> dict[str, Any]:
     """The attributes that copies and pickles of an optimizer keep. state: torch's."""
     fresh = optimizer._layout.views.fresh() if optimizer._layout else set()
+    params = {p: p for group in optimizer.param_groups for p in group["params"]}
     return {
         **state,
-        "state": {p: own_storages(values) for p, values in optimizer.state.items() if p not in fresh},
+        "state": _own_storages(optimizer, optimizer.state, params, fresh),
         "_options": optimizer._options,
         "skip_nonfinite": optimizer.skip_nonfinite,
         "_steps_applied": optimizer.steps_applied,

@@ -12,8 +12,8 @@ from torch import Tensor
 
 from .. import checks
 from ..backends.select import explain_backend
-from ..buffers.bucket import MASTER
-from ..buffers.layout import named_params
+from ..buffers.complete import check_complete, check_values
+from ..buffers.layout import Layout, named_params
 from ..buffers.same import Same
 from ..buffers.state import State
 from ..schedules.autowu import AutoWU
@@ -48,16 +48,26 @@ def check_place(groups: Iterable[Group], steps_applied: int) -> None:
 
 
 def check_params(
-    spec: OptimizerSpec, groups: list[Group], state: State, backend: str | None
+    spec: OptimizerSpec,
+    groups: list[Group],
+    state: State,
+    backend: str | None,
+    layout: Layout | None = None,
 ) -> dict[torch.device, str]:
-    """Raise for parameters, LRs or state that cannot be used. Returns the name of each device's backend."""
+    """Raise for parameters, LRs or state that cannot be used. Returns the name of each device's backend.
+
+    layout: the one so far. A master may misfit where its weight was replaced since, because the user never made it.
+    """
+    shapes = layout.views.shapes if layout is not None else {}
     named = named_params(groups)
     for name, p, group in named:
         checks.check_parameter(name, p)
         if spec.projects:
             checks.check_rows(name, p)
         checks.check_lr(groups[group]["lr"], name, p)
-        checks.check_state(f"the state of {name}: ", state.get(p, {}), (*spec.states, MASTER), p.shape)
+        own = state.get(p, {})
+        check_complete(f"the state of {name}", spec, groups[group], own, f"param_groups[{group}]")
+        check_values(f"the state of {name}: ", spec, own, p.shape, master=shapes.get(p) == p.shape)
     chosen = {device: explain_backend(device, backend)[0] for device in dict.fromkeys(p.device for _, p, _ in named)}
     checks.check_overlaps([(name, p) for name, p, _ in named])
     return chosen
