@@ -171,7 +171,7 @@ def test_a_dict_of_torchs_for_other_groups_gets_torchs_error(backend, device, si
     optimizer = AdamW(params, lr=0.1, tile=16, backend=backend)
     optimizer.step()
     others = torch.optim.AdamW([{"params": ones(device, n)} for n in sizes]).state_dict()
-    with pytest.raises(ValueError) as torchs:
+    with pytest.raises(ValueError, match="parameter group") as torchs:
         torch.optim.AdamW(twins(params)).load_state_dict(others)
     refused_and_unchanged(optimizer, params, others, ValueError, re.escape(str(torchs.value)))
 
