@@ -17,6 +17,7 @@ from ..checks import check_state, check_step, count, naming
 from ..schedules.autowu import AutoWU
 from ..schedules.base import Schedule
 from ..schedules.legw import LEGW
+from ..spec import packed, python_numbers
 from .options import check_params, check_place, check_written_lr
 
 StateDict = dict[str, Any]
@@ -31,7 +32,9 @@ class _Kept:
 
 def own_storages(values: dict[str, Any]) -> dict[str, Any]:
     """One parameter's state with its tensors copied out of the flat buffers, and "step" on the CPU, as in torch."""
-    own = {name: value.detach().clone() if isinstance(value, Tensor) else value for name, value in values.items()}
+    own = {
+        name: value.detach().clone() if isinstance(value, Tensor) else packed(value) for name, value in values.items()
+    }
     if isinstance(own.get(STEP), Tensor):
         own[STEP] = own[STEP].cpu()
     return own
@@ -40,7 +43,8 @@ def own_storages(values: dict[str, Any]) -> dict[str, Any]:
 def pack(optimizer: Any, state_dict: StateDict) -> StateDict:
     """Turn torch's state dict of a fused optimizer into one to store. Runs before the user's hooks."""
     groups = [
-        {**group, "schedule": group["schedule"] and group["schedule"].to_dict()} for group in state_dict["param_groups"]
+        packed(python_numbers({**group, "schedule": group["schedule"] and group["schedule"].to_dict()}))
+        for group in state_dict["param_groups"]
     ]
     # Leave out state that was allocated but never updated, because the first step was skipped on the device.
     fresh = optimizer._layout.views.fresh(include_requested=False) if optimizer._layout else set()
@@ -61,6 +65,7 @@ def unpack(optimizer: Any, state_dict: StateDict) -> StateDict:
         label = f"the state dict's param_groups[{i}]"
         for name, default in optimizer.defaults.items():
             group.setdefault(name, live.get(name, default))
+        python_numbers(group)
         with naming(label):
             if group["schedule"] is None:  # from torch.optim, or a run without a schedule
                 group["schedule"] = live["schedule"]

@@ -112,9 +112,7 @@ def _by_default(owned: _Owned, decay_embeddings: bool, exclude_singleton: bool) 
     return PLAIN if ndim <= 1 else DECAYED, f"ndim {ndim}"
 
 
-def _check(module: nn.Module, weight_decay: float | None, parameters: list[_Owned]) -> None:
-    if weight_decay is not None:
-        number("weight_decay", weight_decay, zero=True)
+def _check(module: nn.Module, parameters: list[_Owned]) -> None:
     if not parameters:
         raise ValueError(f"module has no parameters: {type(module).__name__}")
     for p, names, _ in parameters:
@@ -186,12 +184,12 @@ def param_groups(
     if not isinstance(module, nn.Module):
         raise TypeError(f"module must be a torch.nn.Module, got {type(module).__name__}")
     parameters = _owned_parameters(module)
-    _check(module, weight_decay, parameters)
+    decays = {} if weight_decay is None else dict(weight_decay=number("weight_decay", weight_decay, zero=True))
+    _check(module, parameters)
     decayed, plain, unadapted = (
         _by_pattern(argument, patterns, parameters)
         for argument, patterns in (("decay", decay), ("no_decay", no_decay), ("no_adapt", no_adapt))
     )
-    decays = {} if weight_decay is None else dict(weight_decay=weight_decay)
     groups: dict[str, dict[str, Any]] = {
         DECAYED: dict(params=[], **decays),
         PLAIN: dict(params=[], weight_decay=0.0, adapt=False),

@@ -6,6 +6,7 @@ import copy
 import inspect
 import pickle
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -63,6 +64,15 @@ def test_every_normalisation_layer_of_torch_is_plain(norm):
     assert len(groups) == 1 and groups[0]["weight_decay"] == 0
     assert {placement.reason for placement in groups.placements} <= {type(norm).__name__}
     assert len(groups.placements) == len(list(norm.parameters())) > 0
+
+
+def test_weight_decay_of_numpy_is_pythons():
+    groups = param_groups(Block(), np.float32(0.5), no_adapt="pos_embed")
+    assert [(type(group["weight_decay"]), group["weight_decay"]) for group in groups] == [
+        (float, 0.5),
+        (float, 0.0),
+        (float, 0.5),
+    ]
 
 
 def test_patterns_come_first():
