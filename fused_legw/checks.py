@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import math
 import numbers
+import operator
 from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import pairwise
 from numbers import Integral, Real
 from typing import Any, NoReturn
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.parameter import UninitializedParameter
@@ -24,8 +26,35 @@ def fail(name: str, value: object, requirement: str) -> NoReturn:
     raise ValueError(f"{name} must be {requirement}, got {value!r}")
 
 
+_PRIMITIVE = frozenset({type(None), bool, int, float, str})
+
+
+def plain(value: Any) -> Any:
+    """A number, flag or string of NumPy, or of another package, as Python's own, with the same value.
+
+    State dicts hold what this returns: other types do not load under `weights_only=True`. A 0-dim array gives the
+    number that it holds now. Tuples are converted by element. Everything else, tensors too, is returned as it is.
+    """
+    if type(value) in _PRIMITIVE:
+        return value
+    if type(value) is tuple:
+        own = tuple(map(plain, value))
+        return value if all(map(operator.is_, own, value)) else own
+    if isinstance(value, np.generic | np.ndarray) and value.ndim == 0:
+        value = value.item()
+    if isinstance(value, str):
+        return str.__str__(value)
+    if isinstance(value, Real) and type(value) not in _PRIMITIVE:
+        try:
+            return int(value) if isinstance(value, Integral) else float(value)
+        except OverflowError:
+            return value
+    return value
+
+
 def number(name: str, value: object, *, zero: bool = False) -> float:
     """The value as a float. Raises unless it is finite and positive; `zero` allows 0."""
+    value = plain(value)
     try:
         converted = float(value) if isinstance(value, Real) and not isinstance(value, bool) else math.nan
     except OverflowError:
@@ -37,6 +66,7 @@ def number(name: str, value: object, *, zero: bool = False) -> float:
 
 def count(name: str, value: object, *, zero: bool = False) -> int:
     """The value as an int. Raises unless it is a positive integer below 2**63; `zero` allows 0."""
+    value = plain(value)
     if not isinstance(value, Integral) or isinstance(value, bool) or int(value) < (0 if zero else 1):
         fail(name, value, "an integer, zero or more" if zero else "a positive integer")
     if int(value) >= 2**63:

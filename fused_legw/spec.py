@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import numpy as np
 from torch import Tensor
 
 from . import checks
@@ -13,6 +14,7 @@ from .schedules.base import Schedule
 
 Group = dict[str, Any]  # one of torch.optim's param_groups
 Gradients = Sequence[Tensor | None]  # one per segment of a bucket, in the parameter's layout
+PAIRS = ("betas", "trust_clamp", "weight_norm_clamp")  # options of two numbers, which may come as an array
 
 
 class OptimizerSpec:
@@ -81,6 +83,24 @@ class OptimizerSpec:
     def needs_clipped(self, group: Group) -> bool:
         """Whether norms or projections need clipped gradients, and so the global norm before them."""
         return self.two_stage
+
+
+def python_numbers(group: Group) -> Group:
+    """Bring NumPy's numbers in a group to Python's own, in place, with the same values. Returns the group."""
+    for name, value in group.items():
+        if name in PAIRS and isinstance(value, np.ndarray) and value.ndim > 0:
+            value = tuple(value)
+        group[name] = checks.plain(value)
+    return group
+
+
+def packed(value: Any) -> Any:
+    """A value for a state dict: `checks.plain`, also inside of lists and dicts, which are copied."""
+    if type(value) in (list, tuple):
+        return type(value)(map(packed, value))
+    if type(value) is dict:
+        return {checks.plain(key): packed(x) for key, x in value.items()}
+    return checks.plain(value)
 
 
 def hyper_value(x: Any) -> Any:

@@ -11,7 +11,7 @@ from torch import Tensor
 from legw_kernels.formulas import AdamHyper
 
 from ..backends.aten_math import AtenBatch, scaled
-from ..checks import check_flag, check_pair, check_scalar
+from ..checks import check_flag, check_pair, check_scalar, plain
 from ..schedules.base import Schedule
 from ..spec import Group, OptimizerSpec, hyper_log, hyper_value
 from ..torch_private import fused_adam_, fused_adamw_
@@ -35,7 +35,7 @@ class MomentsSpec(OptimizerSpec):
 
     def check_made(self, group: Group) -> None:
         super().check_made(group)
-        betas = group["betas"]
+        betas = plain(tuple(group["betas"]))
         if not (all(isinstance(b, float) for b in betas) or all(isinstance(b, Tensor) for b in betas)):
             raise ValueError("betas must be either both floats or both Tensors")
         if group.get("foreach") and not group.get("capturable"):
@@ -44,7 +44,7 @@ class MomentsSpec(OptimizerSpec):
                     raise ValueError(f"{name} as a Tensor is not supported for capturable=False and foreach=True")
 
     def complete(self, group: Group) -> None:
-        group["betas"] = tuple(group["betas"])
+        group["betas"] = plain(tuple(group["betas"]))
 
     def used_states(self, group: Group) -> tuple[str, ...]:
         return self.states

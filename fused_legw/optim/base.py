@@ -16,7 +16,7 @@ from ..buffers.gradients import GradientSet
 from ..buffers.layout import Layout, named_params
 from ..checks import count
 from ..schedules.base import Schedule
-from ..spec import Group, OptimizerSpec, group_lr
+from ..spec import Group, OptimizerSpec, group_lr, python_numbers
 from ..torch_private import has_scheduler
 from . import checkpoint
 from .options import CheckedOptions, ShownLR, brief, check_params, check_place, check_written_lr
@@ -73,6 +73,7 @@ class FusedOptimizer(StepReports, torch.optim.Optimizer):
         carry_norms: bool = False,
         tile: int = 1024,
     ) -> None:
+        tile = checks.plain(tile)
         if not isinstance(tile, int) or tile < 16 or tile & (tile - 1):
             raise ValueError(f"tile must be a power of two, 16 or more, got {tile!r}")
         options = dict(flatten=flatten, master_weights=master_weights, carry_norms=carry_norms)
@@ -80,7 +81,7 @@ class FusedOptimizer(StepReports, torch.optim.Optimizer):
             checks.check_flag(name, flag)
         if carry_norms and not self._spec.carries:
             raise TypeError(f"carry_norms=True: {type(self).__name__} has no norms to carry over, only LARS has")
-        defaults = {**defaults, "schedule": None}
+        defaults = python_numbers({**defaults, "schedule": None})
         self._check_made(dict(defaults))
         self._options: dict[str, Any] = {"backend": backend, **options, "tile": tile}
         self.skip_nonfinite = skip_nonfinite
@@ -120,6 +121,7 @@ class FusedOptimizer(StepReports, torch.optim.Optimizer):
 
     def _check_made(self, group: Group) -> None:
         """Check the options of a new group, and move a schedule from its "lr" to its "schedule"."""
+        python_numbers(group)
         if isinstance(group["lr"], Schedule):
             group["schedule"], group["lr"] = group["lr"], 0.0
         self._spec.check(group)

@@ -19,7 +19,7 @@ from ..checks import count, naming
 from ..schedules.autowu import AutoWU
 from ..schedules.base import Schedule
 from ..schedules.legw import LEGW
-from ..spec import Group
+from ..spec import Group, packed, python_numbers
 from .foreign import translate
 from .options import check_params, check_place, check_written_lr
 
@@ -53,7 +53,7 @@ def _own_storages(optimizer: Any, state: dict[Any, Any], params: dict[Any, Tenso
             stored[key] = values
             continue
         left_out = _own_names(optimizer) if params[key] in fresh else ()
-        own = {name: x.detach().clone() if isinstance(x, Tensor) else x for name, x in values.items()}
+        own = {name: x.detach().clone() if isinstance(x, Tensor) else packed(x) for name, x in values.items()}
         if isinstance(own.get(STEP), Tensor):
             own[STEP] = own[STEP].cpu()
         kept = {name: value for name, value in own.items() if name not in left_out}
@@ -65,7 +65,8 @@ def _own_storages(optimizer: Any, state: dict[Any, Any], params: dict[Any, Tenso
 def pack(optimizer: Any, state_dict: StateDict) -> StateDict:
     """Turn torch's state dict of a fused optimizer into one to store. Runs before the user's hooks."""
     groups = [
-        {**group, "schedule": group["schedule"] and group["schedule"].to_dict()} for group in state_dict["param_groups"]
+        packed(python_numbers({**group, "schedule": group["schedule"] and group["schedule"].to_dict()}))
+        for group in state_dict["param_groups"]
     ]
     # Leave out state that was allocated but never updated, because the first step was skipped on the device.
     fresh = optimizer._layout.views.fresh(include_requested=False) if optimizer._layout else set()
@@ -86,6 +87,7 @@ def unpack(optimizer: Any, state_dict: StateDict) -> StateDict:
             translate(group, live, optimizer.defaults)
             for name, default in optimizer.defaults.items():
                 group.setdefault(name, live.get(name, default))
+            python_numbers(group)
             if group["schedule"] is None:  # from torch.optim, or a run without a schedule
                 group["schedule"] = live["schedule"]
             elif not isinstance(group["schedule"], Schedule):

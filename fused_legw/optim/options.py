@@ -19,7 +19,7 @@ from ..buffers.state import State
 from ..schedules.autowu import AutoWU
 from ..schedules.base import Schedule
 from ..schedules.legw import LEGW
-from ..spec import Group, OptimizerSpec, group_lr
+from ..spec import Group, OptimizerSpec, group_lr, python_numbers
 
 _MISSING = object()  # stands for an option that someone deleted
 
@@ -74,7 +74,7 @@ def check_params(
 
 
 class CheckedOptions:
-    """Checks the options of param groups, which other code may write to.
+    """Checks the options of param groups, which other code may write to, and brings NumPy's numbers to Python's own.
 
     Skipped while every option is the same object that passed last time. Mutable values are checked at every step; two
     exceptions: tensors in a tuple, and AutoWU, which validates itself.
@@ -102,6 +102,7 @@ class CheckedOptions:
             if not self._passed[i].holds(options):
                 changed = True
                 self._passed[i].forget()
+                python_numbers(group)  # what it replaced is another object at the next step, and passes then
                 with checks.naming(f"param_groups[{i}]"):
                     self._spec.check(group)
                 self._in_place[i] = any(type(x) is tuple and any(map(torch.is_tensor, x)) for x in options)
@@ -110,6 +111,8 @@ class CheckedOptions:
             schedule = group["schedule"]
             lr = group["lr"] if schedule is None else schedule.constants
             if lr is not self._lrs[i] or isinstance(lr, Tensor) or self._in_place[i]:
+                if schedule is None and type(lr) is not float:  # saves a call
+                    lr = group["lr"] = checks.plain(lr)
                 changed, self._lrs[i] = True, lr
         self.generation += changed
 

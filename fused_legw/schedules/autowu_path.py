@@ -12,7 +12,7 @@ from typing import Literal
 
 from legw_kernels import formulas
 
-from ..checks import count, fail, number
+from ..checks import count, fail, number, plain
 from .base import Schedule
 from .clock import Clock, assign, exact
 
@@ -56,8 +56,9 @@ class ExponentialPath(Schedule):
             patience=count("patience", self.patience),
             tests=count("tests", self.tests),
             confidence=_share("confidence", self.confidence),
+            decay=plain(self.decay),
             seed=count("seed", self.seed, zero=True),
-            earlier=tuple((count("end", t), number("steps_per_epoch", steps)) for t, steps in self.earlier),
+            earlier=tuple((count("end", t, zero=True), number("steps_per_epoch", steps)) for t, steps in self.earlier),
         )
         if self.min_lr >= self.max_lr:
             fail("min_lr", self.min_lr, f"below max_lr={self.max_lr!r}")
@@ -136,6 +137,7 @@ class ExponentialPath(Schedule):
             fail("t", t, f"at least {self.since}, where the batch size last changed")
         path = self.ended() if t >= self.end_of_warmup[0] else self
         if t == 0:  # no update was made at the earlier pace, but total_steps counts in it
-            return replace(path, steps_per_epoch=steps_per_epoch, earlier=((0, path.steps_per_epoch),))
+            first = path.earlier or ((0, path.steps_per_epoch),)
+            return replace(path, steps_per_epoch=steps_per_epoch, earlier=first)
         stretch = ((t, path.steps_per_epoch),) if t > path.since else ()
         return replace(path, steps_per_epoch=steps_per_epoch, earlier=(*path.earlier, *stretch))

@@ -8,9 +8,11 @@ from dataclasses import dataclass
 from fractions import Fraction
 from typing import Literal, NamedTuple
 
+import numpy as np
+
 from legw_kernels import formulas
 
-from ..checks import fail, number
+from ..checks import fail, number, plain
 from .clock import Clock, assign, exact
 
 
@@ -64,6 +66,8 @@ class MultiStep(Decay):
     factor: float = 0.1
 
     def __post_init__(self) -> None:
+        if isinstance(self.milestones, np.ndarray):
+            assign(self, milestones=self.milestones.tolist())
         if isinstance(self.milestones, str) or not isinstance(self.milestones, Sequence):
             fail("milestones", self.milestones, "a sequence of epochs")
         assign(self, milestones=tuple(number("milestones", epoch) for epoch in self.milestones))
@@ -105,6 +109,7 @@ class Exponential(Decay):
             rate=number("rate", self.rate),
             start_epoch=number("start_epoch", self.start_epoch, zero=True),
             every_epochs=number("every_epochs", self.every_epochs),
+            staircase=plain(self.staircase),
         )
         if not isinstance(self.staircase, bool):
             fail("staircase", self.staircase, "True or False")
@@ -156,7 +161,12 @@ class Polynomial(Decay):
     span: Literal["remaining", "whole"] = "remaining"
 
     def __post_init__(self) -> None:
-        assign(self, power=number("power", self.power), end_lr=number("end_lr", self.end_lr, zero=True))
+        assign(
+            self,
+            power=number("power", self.power),
+            end_lr=number("end_lr", self.end_lr, zero=True),
+            span=plain(self.span),
+        )
         if self.span not in ("remaining", "whole"):
             fail("span", self.span, "'remaining' or 'whole'")
 

@@ -14,7 +14,7 @@ from typing import Any, Literal, NamedTuple
 
 from legw_kernels import formulas
 
-from ..checks import count, fail, number
+from ..checks import count, fail, number, plain
 from .base import Schedule
 from .clock import Clock, assign, exact
 from .decays import DECAYS, Constant, Decay, RunLength
@@ -98,6 +98,7 @@ class LEGW(Schedule):
             batch_size=count("batch_size", self.batch_size),
             dataset_size=count("dataset_size", self.dataset_size),
             epochs=None if self.epochs is None else number("epochs", self.epochs),
+            scaling=plain(self.scaling),
             earlier=_stretches(self.earlier),
         )
         if not isinstance(self.decay, tuple(DECAYS.values())):

@@ -217,6 +217,22 @@ def test_a_captured_graph_follows_the_switch(triton_device, monkeypatch):
     assert auto(4) == 0.25
 
 
+@pytest.mark.parametrize("paces", [[6], [48, 6]], ids=str)
+def test_another_batch_before_the_first_update(device, paces):
+    """The run keeps its epochs, whatever batches were asked for before one was used."""
+    auto = _auto()
+    optimizer = SGD(make_params(torch.float32, device, [(5,)]), lr=auto)
+    for pace in paces:
+        optimizer.set_batch_size(64, steps_per_epoch=pace)
+    # Half as many updates; the warm-up keeps its growth per update, and ends at its epoch.
+    assert [auto(t) for t in (0, 60, 180)] == pytest.approx([_expected(t) for t in (0, 60, 180)], rel=1e-9)
+    assert auto(360) == 0 < auto(359) < auto(180) > auto(179)
+    other = auto.change_batch_size(30, 32, steps_per_epoch=SPE)
+    assert other.constants.end == 30 + (TOTAL / SPE - 30 / 6) * SPE
+    assert [other.as_of(29)(t) for t in (0, 29, 300)] == [auto(t) for t in (0, 29, 300)]
+    assert AutoWU.from_dict(json.loads(json.dumps(other.to_dict()))).to_dict() == other.to_dict()
+
+
 def test_losses_wait_on_the_device(device):
     """As copies: a replayed graph writes the next to the same memory."""
     auto, loss = _auto(), torch.zeros((), device=device)
