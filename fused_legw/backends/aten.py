@@ -124,7 +124,7 @@ class AtenBackend(Backend):
         self._spec, self.buckets = spec, buckets
         self.step_counts = torch.tensor([steps_applied, 0], dtype=torch.int64, device="cpu")
         self._step_counts = self.step_counts.numpy()  # the same memory, ten times as fast to access
-        self.nonfinite = torch.zeros(1, device="cpu")
+        self.nonfinite = torch.zeros(1, dtype=torch.float32, device="cpu")
         self._first_columns = list(accumulate((len(bucket.segments) for bucket in buckets), initial=0))
         self._gradients: Sequence[Gradients] = ()  # by bucket, in the step that has begun
         self._generation = -1  # of these gradients: see `GradientSet`

@@ -64,7 +64,7 @@ class StateViews:
             counted.append(steps.get(segment.param, self._counted(state)))
             for name, view in segment.state.items():
                 if state.get(name) is not None:
-                    state[name] = view.copy_(torch.as_tensor(state[name]))
+                    state[name] = view.copy_(torch.as_tensor(state[name], dtype=view.dtype))
                     segment.shown.add(name)
             if MASTER not in segment.state:
                 state.pop(MASTER, None)

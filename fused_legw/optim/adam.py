@@ -100,7 +100,7 @@ def fused_adam(
         states[0],
         states[1],
         states[2] if h.amsgrad else [],
-        [torch.full((), n, device=params[0].device)] * len(params),  # ATen only reads it
+        [torch.full((), n, dtype=torch.float32, device=params[0].device)] * len(params),  # ATen only reads it
         lr=lr,
         beta1=h.beta1,
         beta2=h.beta2,

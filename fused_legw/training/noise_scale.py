@@ -172,9 +172,10 @@ class GradientNoiseScale:
                 raise ValueError(
                     f"state_dict has {name}={state_dict[name]!r}, but this one has {getattr(self, name)!r}"
                 )
-        loaded = {name: torch.as_tensor(state_dict[name]) for name in _STATE}
+        own = {name: getattr(self, f"_{name}") for name in _STATE}
+        loaded = {name: torch.as_tensor(state_dict[name], dtype=own[name].dtype) for name in _STATE}
         for name, value in loaded.items():
-            if value.shape != (shape := getattr(self, f"_{name}").shape):
+            if value.shape != (shape := own[name].shape):
                 raise ValueError(f"state_dict[{name!r}] must have shape {tuple(shape)}, got {tuple(value.shape)}")
         for name, value in loaded.items():
             setattr(self, f"_{name}", value.clone())
