@@ -182,6 +182,7 @@ class AtenBackend(Backend):
 
     def _update_or_skip(self, groups: Sequence[Group], control: StepControl) -> None:
         apply = control.found_inf is None or float(control.found_inf) == 0
+        apply = apply and math.isfinite(control.inverse_scale)
         if control.global_norm:
             self.nonfinite.fill_(float(not math.isfinite(self._norm)))
             apply = apply and not (control.skips and self.nonfinite)

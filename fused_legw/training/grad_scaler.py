@@ -16,6 +16,9 @@ class GradScaler(torch.amp.GradScaler):
     before that, to find values that are not finite. With this class the step finds them, in the pass that also computes
     the norms for clipping, LARS and LAMB. After an explicit `unscale_`, and with other optimizers, it works as torch's.
 
+    One thing differs: a step is also skipped at a scale that cannot be undone. That is 0, where many skipped steps end,
+    or a number of which float32 cannot hold the reciprocal. torch's scaler then makes every weight NaN.
+
     >>> import torch
     >>> from fused_legw import SGD, GradScaler
     >>> w = torch.ones(3, requires_grad=True)
@@ -29,9 +32,25 @@ class GradScaler(torch.amp.GradScaler):
 
     def _check_inf_per_device(self, optimizer: torch.optim.Optimizer) -> Any:
         if not isinstance(optimizer, FusedOptimizer):
-            return super()._check_inf_per_device(optimizer)
+            super()._check_inf_per_device(optimizer)
+            return self._check_scale(optimizer)
         found = optimizer._find_nonfinite()
         self._per_optimizer_states[id(optimizer)]["found_inf_per_device"] = found
+        return found
+
+    def unscale_(self, optimizer: torch.optim.Optimizer) -> None:
+        """As in torch.amp.GradScaler."""
+        super().unscale_(optimizer)
+        if self.is_enabled():
+            self._check_scale(optimizer)
+
+    def _check_scale(self, optimizer: torch.optim.Optimizer) -> Any:
+        """Count a scale without a finite reciprocal as an inf that was found. Waits for no device."""
+        found = self._per_optimizer_states[id(optimizer)]["found_inf_per_device"]
+        assert self._scale is not None
+        unusable = ~torch.isfinite(self._scale.double().reciprocal().float())
+        for flag in found.values():
+            flag.logical_or_(unusable.to(flag.device, non_blocking=True))  # not a sum: torch's fused steps ask for a 1
         return found
 
     def step(self, optimizer: torch.optim.Optimizer, *args: Any, **kwargs: Any) -> float | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import random
 
 import pytest
@@ -217,6 +218,71 @@ def test_an_error_leaves_no_scale_behind_and_the_step_can_be_repeated(backend, d
     p.grad.fill_(torch.inf)  # without the scaler, and without its skipping
     optimizer.step()
     assert optimizer.steps_applied == 2 and not p.isfinite().any()
+
+
+UNUSABLE = [0.0, 1e-45, torch.inf, torch.nan]  # scales by which float32 cannot divide
+
+
+@family
+@pytest.mark.parametrize("scale", UNUSABLE)
+@pytest.mark.parametrize("unscales", [False, True])
+def test_a_scale_that_cannot_be_undone_skips_the_step(backend, device, cls, options, scale, unscales):
+    """Losses times 0 have gradients of 0, which are finite; 0 / 0 is not."""
+    params = make_params(torch.float32, device, [(4,), (2, 3)])
+    optimizer, scaler = cls(params, lr=0.1, tile=16, backend=backend, **options), _make_scaler("ours", device)
+    _unusable_step(optimizer, scaler, params, scale, unscales)
+    scaler.update(8.0)
+    before = twins(params)
+    _scaled_gradients(scaler, params)
+    scaler.step(optimizer)
+    assert optimizer.steps_applied == 2 and all((p != q).all() for p, q in zip(params, before, strict=True))
+
+
+@pytest.mark.parametrize("cls", [SGD, Adam, AdamW])
+@pytest.mark.parametrize("scale", UNUSABLE)
+def test_under_torchs_scaler_too(backend, device, cls, scale):
+    params = make_params(torch.float32, device, [(4,), (2, 3)])
+    optimizer = cls(params, lr=0.1, fused=True, tile=16, backend=backend)
+    _unusable_step(optimizer, _make_scaler("torch's", device), params, scale, unscales=False)
+
+
+@pytest.mark.parametrize("fused", [False, True])
+@pytest.mark.parametrize("unscales", [False, True])
+@pytest.mark.parametrize("scale", UNUSABLE)
+def test_our_scaler_skips_other_optimizers_too(device, fused, unscales, scale):
+    """torch's scaler steps here, and all weights are NaN."""
+    (p,) = make_params(torch.float32, device, [(4,)])
+    optimizer, scaler = torch.optim.Adam([p], lr=0.1, fused=fused), _make_scaler("ours", device)
+    before = p.detach().clone()
+    scaler.update(scale)
+    _scaled_gradients(scaler, [p])
+    if unscales:
+        scaler.unscale_(optimizer)
+    scaler.step(optimizer)
+    scaler.update()
+    same([p.detach()], [before])
+
+
+def _scaled_gradients(scaler, params: list[Tensor]) -> None:
+    for p in params:
+        p.grad = None
+    scaler.scale(sum((p * p).sum() for p in params)).backward()
+
+
+def _unusable_step(optimizer, scaler, params: list[Tensor], scale: float, unscales: bool) -> None:
+    """A good step, then one at that scale; nothing but the count of skipped steps may change in it."""
+    _scaled_gradients(scaler, params)
+    scaler.step(optimizer)
+    scaler.update(scale)
+    values, before = twins(params), copy.deepcopy(optimizer.state_dict())
+    _scaled_gradients(scaler, params)
+    if unscales:
+        scaler.unscale_(optimizer)
+    scaler.step(optimizer)
+    same(params, values)
+    torch.testing.assert_close(optimizer.state_dict()["state"], before["state"], rtol=0, atol=0)
+    assert optimizer.state_dict()["param_groups"] == before["param_groups"]
+    assert optimizer.steps_applied == 1 and int(optimizer.steps_skipped) == 1
 
 
 @family
