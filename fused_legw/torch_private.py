@@ -53,6 +53,11 @@ def version(p: Tensor) -> int:
     return int(p._version)
 
 
+def backward_pass() -> int:
+    """The number of the backward pass that runs in this thread. One inside another has the higher number of the two."""
+    return int(torch._C._current_graph_task_id())
+
+
 def has_scheduler(step: Callable[..., Any]) -> bool:
     """Whether a torch LR scheduler was made for the optimizer with this `step`; schedulers wrap the method."""
     return hasattr(step, "_wrapped_by_lr_sched")
