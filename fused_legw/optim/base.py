@@ -19,7 +19,15 @@ from ..schedules.base import Schedule
 from ..spec import Group, OptimizerSpec, group_lr
 from ..torch_private import has_scheduler
 from . import checkpoint
-from .options import CheckedOptions, ShownLR, brief, check_params, check_place, check_written_lr
+from .options import (
+    CheckedOptions,
+    ShownLR,
+    check_params,
+    check_place,
+    check_written_lr,
+    driven_twice,
+    overwritten,
+)
 from .reports import StepReports
 
 
@@ -209,16 +217,10 @@ class FusedOptimizer(StepReports, torch.optim.Optimizer):
             if not (type(lr) is float and math.isfinite(lr)):  # saves a call at every step
                 check_written_lr(f"param_groups[{i}]", lr)
             if scheduler and group["schedule"] is not None:
-                raise RuntimeError(
-                    f"use a schedule or a torch LR scheduler, not both: param_groups[{i}] follows "
-                    f"{brief(group['schedule'])}, and a torch LR scheduler was made for this optimizer"
-                )
+                raise driven_twice(i, group)
             if self._shown.overwritten(group):
                 if lr != 0:
-                    raise RuntimeError(
-                        f"to change the LR set param_groups[{i}]['schedule']: param_groups[{i}]['lr'] was set to "
-                        f"{lr!r}, but the group follows {brief(group['schedule'])}"
-                    )
+                    raise overwritten(i, group)
                 frozen.add(i)
         return frozen
 
