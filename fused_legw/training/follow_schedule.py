@@ -14,7 +14,10 @@ class FollowSchedule(LRScheduler):
     """A torch LRScheduler that changes nothing and reports the LR of the optimizer's schedule.
 
     Lightning, Accelerate, the Trainer of Transformers and others want a scheduler besides the optimizer. The schedule
-    itself counts applied updates, so it does not matter how often, when, or whether `step()` is called.
+    itself counts applied updates, so it does not matter how often, when, or whether `step()` is called. It stands in the
+    place of any of torch's schedulers, which are refused where a group follows a schedule; ReduceLROnPlateau not before
+    its first reduction, as it writes nothing until then. `del optimizer.step` undoes what a torch scheduler that is gone
+    has wrapped.
 
     `last_epoch` and `_step_count` count the calls of `step()`, as in every torch scheduler. The state dict holds only
     these two: the optimizer's state dict holds the schedule and the place in it.
