@@ -68,6 +68,13 @@ def test_it_counts_as_torchs_schedulers_do(params):
     assert not hasattr(ours.optimizer.step, "_wrapped_by_lr_sched")
 
 
+def test_it_takes_the_metric_of_reduce_on_plateau(params):
+    scheduler = FollowSchedule(_optimizer("aten", params))
+    for metric in 0.7, torch.tensor(0.5):
+        scheduler.step(metric)
+    assert scheduler.state_dict() == {"last_epoch": 2, "_step_count": 3}
+
+
 def test_skipped_steps_do_not_show(backend, params):
     """torch's schedulers advance when GradScaler skipped the update (pytorch#44511)."""
     optimizer = _optimizer(backend, params)
