@@ -2,8 +2,8 @@
 
 Three classes also implement private protocols of torch, in their own files:
 
-    FusedOptimizer      _step_supports_amp_scaling: torch.amp.GradScaler leaves unscaling to `step`
-    GradScaler          _check_inf_per_device, _per_optimizer_states: the inf check of torch's scaler
+    FusedOptimizer      _step_supports_amp_scaling: whether torch.amp.GradScaler leaves unscaling to `step`
+    GradScaler          _check_inf_per_device, _per_optimizer_states, _scale: the inf check of torch's scaler
     FollowSchedule      _step_count, _last_lr: attributes of torch's schedulers that other packages read
 """
 

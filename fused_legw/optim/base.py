@@ -52,7 +52,8 @@ class FusedOptimizer(StepReports, torch.optim.Optimizer):
     torch.distributed.checkpoint: it sets "lr" to 0 and steps to create optimizer state. Such a step allocates state and
     changes no weight. If every scheduled group is at 0, the step is not counted.
 
-    torch.amp.GradScaler passes its scale and its inf check to `step` in the attributes grad_scale and found_inf.
+    With fused=True, as in torch, and under our GradScaler `step` divides by the scale of AMP itself. It takes the scale
+    and the inf check in the attributes grad_scale and found_inf. Otherwise torch.amp.GradScaler unscales before it.
 
     Args:
         params: parameters, named parameters, or param groups.
@@ -66,8 +67,8 @@ class FusedOptimizer(StepReports, torch.optim.Optimizer):
     """
 
     _spec: OptimizerSpec
-    _step_supports_amp_scaling = True
-    _finds_nonfinite = False  # our GradScaler sets it for one step
+    _takes_scale = False  # our GradScaler sets it for one step
+    _finds_nonfinite = False  # so this
 
     def __init__(
         self,
@@ -102,6 +103,10 @@ class FusedOptimizer(StepReports, torch.optim.Optimizer):
         super().__init__(params, defaults)
         self.register_state_dict_post_hook(checkpoint.pack)  # type: ignore[arg-type]
         self._adopt()
+
+    @property
+    def _step_supports_amp_scaling(self) -> bool:
+        return self._takes_scale or bool(self.defaults.get("fused"))
 
     # Param groups and the learning rate
 

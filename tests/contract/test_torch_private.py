@@ -112,6 +112,7 @@ def test_fused_steps_are_there(name):
 def test_protocols_that_classes_of_ours_fill_in():
     scaler = inspect.getsource(torch.amp.GradScaler)
     assert "_check_inf_per_device(optimizer)" in scaler and "_per_optimizer_states" in scaler
+    assert "self._scale = torch.full(" in scaler
     assert "_step_supports_amp_scaling" in scaler and "found_inf_per_device" in scaler
     scheduler = inspect.getsource(torch.optim.lr_scheduler.LRScheduler)
     assert "_step_count" in scheduler and "_last_lr" in scheduler
