@@ -2,8 +2,8 @@
 
 Three classes also implement private protocols of torch, in their own files:
 
-    FusedOptimizer      _step_supports_amp_scaling: torch.amp.GradScaler leaves unscaling to `step`
-    GradScaler          _check_inf_per_device, _per_optimizer_states: the inf check of torch's scaler
+    FusedOptimizer      _step_supports_amp_scaling: whether torch.amp.GradScaler leaves unscaling to `step`
+    GradScaler          _check_inf_per_device, _per_optimizer_states, _scale: the inf check of torch's scaler
     FollowSchedule      _step_count, _last_lr: attributes of torch's schedulers that other packages read
 """
 
@@ -51,6 +51,11 @@ def storage_uses(storage: torch.UntypedStorage) -> int:
 def version(p: Tensor) -> int:
     """The tensor's version counter: how often autograd was told that it changed."""
     return int(p._version)
+
+
+def backward_pass() -> int:
+    """The number of the backward pass that runs in this thread. One inside another has the higher number of the two."""
+    return int(torch._C._current_graph_task_id())
 
 
 def has_scheduler(step: Callable[..., Any]) -> bool:

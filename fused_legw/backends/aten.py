@@ -124,7 +124,7 @@ class AtenBackend(Backend):
         self._spec, self.buckets = spec, buckets
         self.step_counts = torch.tensor([steps_applied, 0], dtype=torch.int64, device="cpu")
         self._step_counts = self.step_counts.numpy()  # the same memory, ten times as fast to access
-        self.nonfinite = torch.zeros(1, device="cpu")
+        self.nonfinite = torch.zeros(1, dtype=torch.float32, device="cpu")
         self._first_columns = list(accumulate((len(bucket.segments) for bucket in buckets), initial=0))
         self._gradients: Sequence[Gradients] = ()  # by bucket, in the step that has begun
         self._generation = -1  # of these gradients: see `GradientSet`
@@ -182,6 +182,7 @@ class AtenBackend(Backend):
 
     def _update_or_skip(self, groups: Sequence[Group], control: StepControl) -> None:
         apply = control.found_inf is None or float(control.found_inf) == 0
+        apply = apply and math.isfinite(control.inverse_scale)
         if control.global_norm:
             self.nonfinite.fill_(float(not math.isfinite(self._norm)))
             apply = apply and not (control.skips and self.nonfinite)

@@ -106,7 +106,8 @@ def norms(tensors: Sequence[Tensor], of_rows: Sequence[Tensor] = ()) -> list[flo
     if not parts:
         return [0.0] * len(tensors)
     squares = torch.cat(parts).to("cpu", torch.float64).square_()
-    sums = torch.segment_reduce(squares, "sum", lengths=torch.tensor(lengths, device="cpu"), unsafe=True)
+    counts = torch.tensor(lengths, dtype=torch.int64, device="cpu")
+    sums = torch.segment_reduce(squares, "sum", lengths=counts, unsafe=True)
     plain: list[float] = sums.sqrt_().tolist()
     return [y if 1e-12 < y < 1e18 else norm(x) for x, y in zip(tensors, plain, strict=True)]
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -13,6 +14,8 @@ from ..buffers.gradients import GradientSet
 from ..spec import Group
 from .passes import Pass
 
+_SMALLEST_SCALE = 1 / torch.finfo(torch.float32).max  # of which float32 can hold the reciprocal
+
 
 @dataclass(frozen=True)
 class StepControl:
@@ -21,7 +24,8 @@ class StepControl:
     clips: bool = False  # some group clips the global norm
     skips: bool = False  # a gradient that is not finite skips the step
     counts_step: bool = True  # the step counts as applied
-    grad_scale: Tensor | None = None  # 1 element, from torch.amp.GradScaler: gradients must be divided by it
+    # 1 element, from torch.amp.GradScaler: gradients must be divided by it. A step is skipped if float32 lacks 1 / it.
+    grad_scale: Tensor | None = None
     found_inf: Tensor | None = None  # 1 element, from torch.amp.GradScaler: skip the step if it is not 0
 
     @property
@@ -31,8 +35,11 @@ class StepControl:
 
     @property
     def inverse_scale(self) -> float:
-        """The factor that undoes `grad_scale`, as a float. Reads the device."""
-        return 1.0 if self.grad_scale is None else 1.0 / float(self.grad_scale)
+        """The factor that undoes `grad_scale`, as a float; infinite or NaN if float32 has none. Reads the device."""
+        if self.grad_scale is None:
+            return 1.0
+        scale = float(self.grad_scale)
+        return math.inf if abs(scale) < _SMALLEST_SCALE else 1.0 / scale
 
     @staticmethod
     def on(device: torch.device, value: Tensor | None) -> Tensor | None:

@@ -57,7 +57,7 @@ def load_sklearn() -> Digits:
     from sklearn.datasets import load_digits
 
     bunch = load_digits()
-    images, labels = torch.tensor(bunch.images, dtype=torch.float32) / 16, torch.tensor(bunch.target)
+    images, labels = torch.tensor(bunch.images, dtype=torch.float32) / 16, torch.tensor(bunch.target, dtype=torch.int64)
     part = _shuffled(Part(images, labels))
     return Digits(part[:TRAIN], part[TRAIN:-TEST], part[-TEST:])
 

@@ -77,7 +77,7 @@ def _check(args: argparse.Namespace) -> torch.device:
         if value is not None and value < 1:
             raise ValueError(f"--{option} must be a positive integer, got {value}")
     try:
-        device = torch.empty(0, device=args.device).device
+        device = torch.empty(0, dtype=torch.float32, device=args.device).device
     except (RuntimeError, AssertionError) as error:  # an AssertionError where torch was built without that device
         raise ValueError(f"--device {args.device} cannot be used: {str(error).splitlines()[0]}") from error
     explain_backend(device, args.backend)

@@ -86,7 +86,7 @@ def train(
 
 def _epoch(model: nn.Module, optimizer: SGD, part: Part, batches: Iterable[Tensor]) -> float:
     # The device adds up the losses: to read each of them, the host would wait for every update.
-    total = torch.zeros((), device=part.images.device)
+    total = torch.zeros((), dtype=part.images.dtype, device=part.images.device)
     for index in batches:
         batch = part[index]
         optimizer.zero_grad()

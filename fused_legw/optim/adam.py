@@ -103,7 +103,7 @@ def fused_adam(
         states[0],
         states[1],
         states[2] if h.amsgrad else [],
-        [torch.full((), n, device=params[0].device)] * len(params),  # ATen only reads it
+        [torch.full((), n, dtype=torch.float32, device=params[0].device)] * len(params),  # ATen only reads it
         lr=lr,
         beta1=h.beta1,
         beta2=h.beta2,
@@ -132,7 +132,7 @@ class Adam(FusedOptimizer):
         flatten: True: parameters live in one flat buffer per device and dtype. False: they stay where they are.
         master_weights: True: keep float32 masters of float16 and bfloat16 parameters. State is float32 either way.
         tile: elements that a Triton program updates at a time, a power of two, 16 or more. State is padded to it.
-        foreach, fused: accepted and ignored; not both may be True.
+        fused: True: `step` divides by the scale of torch.amp.GradScaler itself. Else ignored, as foreach is.
         capturable: ignored, but with foreach=True a tensor lr or betas need it, as in torch.
         differentiable: must be False.
 
@@ -204,7 +204,7 @@ class AdamW(Adam):
         flatten: True: parameters live in one flat buffer per device and dtype. False: they stay where they are.
         master_weights: True: keep float32 masters of float16 and bfloat16 parameters. State is float32 either way.
         tile: elements that a Triton program updates at a time, a power of two, 16 or more. State is padded to it.
-        foreach, fused: accepted and ignored; not both may be True.
+        fused: True: `step` divides by the scale of torch.amp.GradScaler itself. Else ignored, as foreach is.
         capturable: ignored, but with foreach=True a tensor lr or betas need it, as in torch.
         differentiable: must be False.
 

@@ -19,7 +19,15 @@ from ..schedules.base import Schedule
 from ..spec import Group, OptimizerSpec, group_lr, python_numbers
 from ..torch_private import has_scheduler
 from . import checkpoint
-from .options import CheckedOptions, ShownLR, brief, check_params, check_place, check_written_lr
+from .options import (
+    CheckedOptions,
+    ShownLR,
+    check_params,
+    check_place,
+    check_written_lr,
+    driven_twice,
+    overwritten,
+)
 from .reports import StepReports
 
 
@@ -44,7 +52,8 @@ class FusedOptimizer(StepReports, torch.optim.Optimizer):
     torch.distributed.checkpoint: it sets "lr" to 0 and steps to create optimizer state. Such a step allocates state and
     changes no weight. If every scheduled group is at 0, the step is not counted.
 
-    torch.amp.GradScaler passes its scale and its inf check to `step` in the attributes grad_scale and found_inf.
+    With fused=True, as in torch, and under our GradScaler `step` divides by the scale of AMP itself. It takes the scale
+    and the inf check in the attributes grad_scale and found_inf. Otherwise torch.amp.GradScaler unscales before it.
 
     Args:
         params: parameters, named parameters, or param groups.
@@ -58,8 +67,8 @@ class FusedOptimizer(StepReports, torch.optim.Optimizer):
     """
 
     _spec: OptimizerSpec
-    _step_supports_amp_scaling = True
-    _finds_nonfinite = False  # our GradScaler sets it for one step
+    _takes_scale = False  # our GradScaler sets it for one step
+    _finds_nonfinite = False  # so this
 
     def __init__(
         self,
@@ -95,6 +104,10 @@ class FusedOptimizer(StepReports, torch.optim.Optimizer):
         super().__init__(params, defaults)
         self.register_state_dict_post_hook(checkpoint.pack)  # type: ignore[arg-type]
         self._adopt()
+
+    @property
+    def _step_supports_amp_scaling(self) -> bool:
+        return self._takes_scale or bool(self.defaults.get("fused"))
 
     # Param groups and the learning rate
 
@@ -211,16 +224,10 @@ class FusedOptimizer(StepReports, torch.optim.Optimizer):
             if not (type(lr) is float and math.isfinite(lr)):  # saves a call at every step
                 check_written_lr(f"param_groups[{i}]", lr)
             if scheduler and group["schedule"] is not None:
-                raise RuntimeError(
-                    f"use a schedule or a torch LR scheduler, not both: param_groups[{i}] follows "
-                    f"{brief(group['schedule'])}, and a torch LR scheduler was made for this optimizer"
-                )
+                raise driven_twice(i, group)
             if self._shown.overwritten(group):
                 if lr != 0:
-                    raise RuntimeError(
-                        f"to change the LR set param_groups[{i}]['schedule']: param_groups[{i}]['lr'] was set to "
-                        f"{lr!r}, but the group follows {brief(group['schedule'])}"
-                    )
+                    raise overwritten(i, group)
                 frozen.add(i)
         return frozen
 

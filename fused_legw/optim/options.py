@@ -29,6 +29,25 @@ def brief(schedule: Schedule) -> str:
     return f"{type(schedule).__name__}(peak_lr={schedule.peak_lr:g})"
 
 
+def driven_twice(i: int, group: Group) -> RuntimeError:
+    """The error where a torch LR scheduler was made for an optimizer whose group i follows a schedule."""
+    return RuntimeError(
+        f"use a schedule or a torch LR scheduler, not both: param_groups[{i}] follows {brief(group['schedule'])}, and "
+        "a torch LR scheduler was made for this optimizer. Where code wants one, use FollowSchedule(optimizer). "
+        "If the scheduler is gone, call `del optimizer.step`, which it had wrapped"
+    )
+
+
+def overwritten(i: int, group: Group) -> RuntimeError:
+    """The error where other code wrote the "lr" of group i, which follows a schedule."""
+    # Every torch LR scheduler but ReduceLROnPlateau leaves "initial_lr", also one made for a wrapper of the optimizer.
+    writer = "a torch LR scheduler, which was made for it," if "initial_lr" in group else "ReduceLROnPlateau"
+    return RuntimeError(
+        f"to change the LR set param_groups[{i}]['schedule']: param_groups[{i}]['lr'] was set to {group['lr']!r}, but "
+        f"the group follows {brief(group['schedule'])}. If {writer} did it, use FollowSchedule(optimizer) in its place"
+    )
+
+
 def check_written_lr(label: str, lr: Any) -> None:
     """Check an LR written to a group, or loaded. Negative ones pass, as in torch.optim: some LambdaLRs make them."""
     if isinstance(lr, Schedule):

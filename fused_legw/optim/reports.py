@@ -73,6 +73,9 @@ class StepReports:
 
     @property
     def steps_skipped(self) -> Tensor:
-        """The number of steps skipped because a gradient was not finite: 0-dim, int64, on the device."""
+        """The number of steps skipped because a gradient was not finite: 0-dim, int64, on the device.
+
+        torch.amp.GradScaler, without fused=True, calls no `step` for these: then they are not counted.
+        """
         devices = self._engine.devices if self._engine else []
         return devices[0].step_counts[1] if devices else torch.zeros((), dtype=torch.int64)

@@ -110,7 +110,7 @@ class SGD(FusedOptimizer):
         flatten: True: parameters live in one flat buffer per device and dtype. False: they stay where they are.
         master_weights: True: keep float32 masters of float16 and bfloat16 parameters. State is float32 either way.
         tile: elements that a Triton program updates at a time, a power of two, 16 or more. State is padded to it.
-        foreach, fused: accepted and ignored; not both may be True.
+        fused: True: `step` divides by the scale of torch.amp.GradScaler itself. Else ignored, as foreach is.
         differentiable: must be False.
 
     Raises:

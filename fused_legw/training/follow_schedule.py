@@ -16,6 +16,10 @@ class FollowSchedule(LRScheduler):
     Lightning, Accelerate, the Trainer of Transformers and others want a scheduler besides the optimizer. The schedule
     itself counts applied updates, so it does not matter how often, when, or whether `step()` is called.
 
+    It stands in the place of any of torch's schedulers: a group that follows a schedule refuses them. It refuses
+    ReduceLROnPlateau not before its first reduction, because that writes nothing until then. What a torch scheduler
+    that is gone has wrapped is undone by `del optimizer.step`.
+
     `last_epoch` and `_step_count` count the calls of `step()`, as in every torch scheduler. The state dict holds only
     these two: the optimizer's state dict holds the schedule and the place in it.
 
@@ -47,9 +51,9 @@ class FollowSchedule(LRScheduler):
         self.optimizer: FusedOptimizer = optimizer
         self.last_epoch, self._step_count = 0, 1  # the values of a new torch scheduler
 
-    def step(self, epoch: int | None = None) -> None:
-        """Count the call. The LR does not change."""
-        self.last_epoch = self.last_epoch + 1 if epoch is None else epoch
+    def step(self, epoch: int | float | torch.Tensor | None = None) -> None:
+        """Count the call. The LR does not change, nor does it for a metric, which ReduceLROnPlateau takes here."""
+        self.last_epoch = epoch if isinstance(epoch, int) else self.last_epoch + 1
         self._step_count += 1
 
     def get_last_lr(self) -> list[float | torch.Tensor]:

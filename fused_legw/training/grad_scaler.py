@@ -12,9 +12,13 @@ from ..optim.base import FusedOptimizer
 class GradScaler(torch.amp.GradScaler):
     """Drop-in for `torch.amp.GradScaler`: the same arguments and results, without a pass of its own over gradients.
 
-    A fused optimizer divides by the scale during its update. torch's scaler still reads and writes every gradient
-    before that, to find values that are not finite. With this class the step finds them, in the pass that also computes
-    the norms for clipping, LARS and LAMB. After an explicit `unscale_`, and with other optimizers, it works as torch's.
+    torch's scaler reads every gradient and writes it, divided by the scale, before the step; with fused=True it only
+    looks for values that are not finite. Under this class a fused optimizer divides during its update, and finds those
+    values in the pass that also computes the norms for clipping, LARS and LAMB. After an explicit `unscale_`, and with
+    other optimizers, it works as torch's.
+
+    One thing differs: a step is also skipped at a scale that cannot be undone. That is 0, where many skipped steps end,
+    or a number of which float32 cannot hold the reciprocal. torch's scaler then makes every weight NaN.
 
     >>> import torch
     >>> from fused_legw import SGD, GradScaler
@@ -29,17 +33,35 @@ class GradScaler(torch.amp.GradScaler):
 
     def _check_inf_per_device(self, optimizer: torch.optim.Optimizer) -> Any:
         if not isinstance(optimizer, FusedOptimizer):
-            return super()._check_inf_per_device(optimizer)
+            super()._check_inf_per_device(optimizer)
+            return self._check_scale(optimizer)
         found = optimizer._find_nonfinite()
         self._per_optimizer_states[id(optimizer)]["found_inf_per_device"] = found
         return found
 
+    def unscale_(self, optimizer: torch.optim.Optimizer) -> None:
+        """As in torch.amp.GradScaler."""
+        super().unscale_(optimizer)
+        if self.is_enabled():
+            self._check_scale(optimizer)
+
+    def _check_scale(self, optimizer: torch.optim.Optimizer) -> Any:
+        """Count a scale without a finite reciprocal as an inf that was found. Waits for no device."""
+        found = self._per_optimizer_states[id(optimizer)]["found_inf_per_device"]
+        assert self._scale is not None
+        unusable = ~torch.isfinite(self._scale.double().reciprocal().float())
+        for flag in found.values():
+            flag.logical_or_(unusable.to(flag.device, non_blocking=True))  # not a sum: torch's fused steps ask for a 1
+        return found
+
     def step(self, optimizer: torch.optim.Optimizer, *args: Any, **kwargs: Any) -> float | None:
         """As in torch.amp.GradScaler. Removes the scale from the optimizer even after an error."""
+        if isinstance(optimizer, FusedOptimizer):
+            optimizer._takes_scale = self.is_enabled()
         try:
             return super().step(optimizer, *args, **kwargs)
         finally:
             if isinstance(optimizer, FusedOptimizer):
-                optimizer._finds_nonfinite = False
+                optimizer._takes_scale = optimizer._finds_nonfinite = False
                 for name in ("grad_scale", "found_inf"):
                     vars(optimizer).pop(name, None)

@@ -69,23 +69,29 @@ class GradientNoiseScale:
         self._square_weight = torch.zeros((), dtype=torch.float64, device="cpu")  # sum of the squares of the weights
         self._seen = torch.zeros((), dtype=torch.int64, device="cpu")
 
-    def update(self, small_sq_norm: float | Tensor, big_sq_norm: float | Tensor) -> None:
+    def update(
+        self, small_sq_norm: float | Tensor, big_sq_norm: float | Tensor, *, big_batch: int | None = None
+    ) -> None:
         """Add the squared norms of one update. It does not count if one is not finite, as after an overflow under AMP.
 
         Args:
             small_sq_norm, big_sq_norm: numbers, or 0-dim tensors on any device.
+            big_batch: the samples behind big_sq_norm, if this update had fewer or more than all others.
 
         Raises:
-            ValueError: a norm is neither, or is a negative number.
+            ValueError: a norm is neither, or is a negative number; or big_batch is not above small_batch.
         """
+        big_batch = self.big_batch if big_batch is None else count("big_batch", big_batch)
+        if big_batch <= self.small_batch:
+            fail("big_batch", big_batch, f"above small_batch={self.small_batch}")
         small, big = _scalar("small_sq_norm", small_sq_norm), _scalar("big_sq_norm", big_sq_norm)
         device = next((x.device for x in (big, small) if x.device.type != "cpu"), self._sums.device)
         small, big = (x.detach().to(device, torch.float64) for x in (small, big))
         self._sums, self._square_weight, self._seen = (
             x.to(device) for x in (self._sums, self._square_weight, self._seen)
         )
-        trace = (small - big) / (1 / self.small_batch - 1 / self.big_batch)
-        grad_sq = (self.big_batch * big - self.small_batch * small) / (self.big_batch - self.small_batch)
+        trace = (small - big) / (1 / self.small_batch - 1 / big_batch)
+        grad_sq = (big_batch * big - self.small_batch * small) / (big_batch - self.small_batch)
         one = torch.ones_like(trace)
         new = torch.stack([one, trace, grad_sq, trace * trace, trace * grad_sq, grad_sq * grad_sq])
         finite = torch.isfinite(new).all()
@@ -172,9 +178,10 @@ class GradientNoiseScale:
                 raise ValueError(
                     f"state_dict has {name}={state_dict[name]!r}, but this one has {getattr(self, name)!r}"
                 )
-        loaded = {name: torch.as_tensor(state_dict[name]) for name in _STATE}
+        own = {name: getattr(self, f"_{name}") for name in _STATE}
+        loaded = {name: torch.as_tensor(state_dict[name], dtype=own[name].dtype) for name in _STATE}
         for name, value in loaded.items():
-            if value.shape != (shape := getattr(self, f"_{name}").shape):
+            if value.shape != (shape := own[name].shape):
                 raise ValueError(f"state_dict[{name!r}] must have shape {tuple(shape)}, got {tuple(value.shape)}")
         for name, value in loaded.items():
             setattr(self, f"_{name}", value.clone())

@@ -224,7 +224,7 @@ def _gradients(params: Sequence[Tensor], steps: int, generator: torch.Generator)
     """The gradients of each step. At the first none is None, later some are, but never all."""
     for step in range(steps):
         values = [torch.randn(p.shape, generator=generator, dtype=torch.float64).to(p) for p in params]
-        absent = (torch.rand(len(params), generator=generator) < _NONE_PROBABILITY).tolist()
+        absent = (torch.rand(len(params), generator=generator, dtype=torch.float32) < _NONE_PROBABILITY).tolist()
         some = step > 0 and not all(absent)
         yield [None if some and a else g for g, a in zip(values, absent, strict=True)]
 

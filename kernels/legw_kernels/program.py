@@ -104,6 +104,8 @@ def begin(norms, amp, n_totals, GLOBAL: tl.constexpr, SKIP: tl.constexpr, COMPUT
     apply = always(n_totals)
     if SKIP:
         apply = finite
+    if amp.grad_scale is not None:
+        apply = apply & (tl.abs(inverse) < float("inf"))  # a scale of 0 has lost the gradients
     if amp.found_inf is not None:
         apply = apply & (tl.load(amp.found_inf) == 0)
     return apply, finite, inverse.to(COMPUTE), _narrow(norm, COMPUTE)

@@ -8,11 +8,13 @@ from __future__ import annotations
 import functools
 import importlib
 import importlib.machinery
+import importlib.util
 import math
 import sys
 import types
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import pytest
@@ -48,30 +50,48 @@ def gradient(step: int, j: int, p: Tensor) -> Tensor:
     return size * torch.randn(p.shape, generator=generator, dtype=torch.float64).to(p.device)
 
 
+@contextmanager
+def left_as_it_was(package: str) -> Iterator[None]:
+    """What is imported of a package inside is not there afterwards: other code must find the package, no stand-in."""
+    own = lambda: [name for name in sys.modules if name.partition(".")[0] == package]  # noqa: E731
+    before = {name: sys.modules[name] for name in own()}
+    try:
+        yield
+    finally:
+        for name in own():
+            del sys.modules[name]
+        sys.modules.update(before)
+
+
 def bare(package: str, module: str) -> types.ModuleType:
     """A submodule without its package's __init__, which may need more than the submodule does."""
     spec = importlib.machinery.PathFinder.find_spec(package)
     if spec is None or not spec.submodule_search_locations:
         pytest.skip(f"{package} is not installed")
-    name, path = package, spec.submodule_search_locations[0]
-    for part in module.split(".")[1:]:
-        sys.modules.setdefault(name, types.ModuleType(name)).__path__ = [path]
-        name, path = f"{name}.{part}", f"{path}/{part}"
-    with warnings.catch_warnings():
+    with left_as_it_was(package), warnings.catch_warnings():
         warnings.simplefilter("ignore")
+        name, path = package, spec.submodule_search_locations[0]
+        for part in module.split(".")[1:]:
+            if name not in sys.modules:
+                sys.modules[name] = types.ModuleType(name)
+                sys.modules[name].__path__ = [path]
+            name, path = f"{name}.{part}", f"{path}/{part}"
         return importlib.import_module(module)
 
 
+@functools.cache
 def timm(name: str) -> type:
     return getattr(bare("timm", f"timm.optim.{name.lower()}"), name)
 
 
+@functools.cache
 def bolts(name: str) -> type:
     stability = types.ModuleType("pl_bolts.utils.stability")
     stability.under_review = lambda: lambda cls: cls  # only warns
-    sys.modules.setdefault("pl_bolts.utils", types.ModuleType("pl_bolts.utils"))
-    sys.modules.setdefault("pl_bolts.utils.stability", stability)
-    return getattr(bare("pl_bolts", "pl_bolts.optimizers.lars"), name)
+    with left_as_it_was("pl_bolts"):
+        sys.modules.setdefault("pl_bolts.utils", types.ModuleType("pl_bolts.utils"))
+        sys.modules.setdefault("pl_bolts.utils.stability", stability)
+        return getattr(bare("pl_bolts", "pl_bolts.optimizers.lars"), name)
 
 
 def pytorch_optimizer(name: str) -> type:
@@ -202,3 +222,22 @@ def test_ours_is_the_package(backend, device, theirs, oracle, ours):
     theirs(exact)
     run_torch(lambda ps: ours(ps, backend=backend, tile=32), params)
     assert max(error(params, exact)) < 1e-12
+
+
+@pytest.mark.parametrize("imported", [False, True])
+def test_no_stand_in_is_left(tmp_path, monkeypatch, imported):
+    """transformers asks importlib.util.find_spec for timm, which raises for a module without __spec__."""
+    inside = tmp_path / "a_peer" / "optim"
+    inside.mkdir(parents=True)
+    for folder in inside.parent, inside:
+        (folder / "__init__.py").write_text("WHOLE = True\n" if imported else "raise ImportError('needs more')\n")
+    (inside / "lars.py").write_text("from .base import Base\nclass Lars(Base): pass\n")
+    (inside / "base.py").write_text("class Base: pass\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    with left_as_it_was("a_peer"):
+        whole = importlib.import_module("a_peer") if imported else None
+        assert bare("a_peer", "a_peer.optim.lars").Lars.__mro__[1].__name__ == "Base"
+        assert sys.modules.get("a_peer") is whole
+        assert importlib.util.find_spec("a_peer").origin == str(inside.parent / "__init__.py")
+        assert [name for name in sys.modules if name.startswith("a_peer.")] == []
+    assert "a_peer" not in sys.modules

@@ -65,6 +65,19 @@ def test_version_grows_with_every_change():
     assert torch_private.version(tensor) == before + 1
 
 
+def test_a_backward_pass_inside_another_has_the_higher_number():
+    from torch.utils.checkpoint import checkpoint
+
+    inner, outer, seen = torch.ones(2, requires_grad=True), torch.ones(2, requires_grad=True), []
+    for w in inner, outer:
+        w.register_hook(lambda _, w=w: seen.append((w is inner, torch_private.backward_pass())))
+    for _ in range(2):
+        checkpoint(lambda x: x * inner, outer * 2, use_reentrant=True).sum().backward()
+    assert [which for which, _ in seen] == [True, False] * 2
+    numbers = [number for _, number in seen]
+    assert numbers[1] < numbers[0] < numbers[3] < numbers[2]
+
+
 def test_a_scheduler_is_seen():
     p = torch.zeros(3, requires_grad=True)
     optimizer = SGD([p], lr=0.1)
@@ -99,6 +112,7 @@ def test_fused_steps_are_there(name):
 def test_protocols_that_classes_of_ours_fill_in():
     scaler = inspect.getsource(torch.amp.GradScaler)
     assert "_check_inf_per_device(optimizer)" in scaler and "_per_optimizer_states" in scaler
+    assert "self._scale = torch.full(" in scaler
     assert "_step_supports_amp_scaling" in scaler and "found_inf_per_device" in scaler
     scheduler = inspect.getsource(torch.optim.lr_scheduler.LRScheduler)
     assert "_step_count" in scheduler and "_last_lr" in scheduler

@@ -9,20 +9,11 @@ import torch
 from torch import Tensor
 
 import fused_legw
-from fused_legw import LAMB, LARS, SGD, Adam, AdamP, AdamW, Cosine
+from fused_legw import LAMB, LARS, SGD, Adam, AdamP, Cosine
 from tests.support.cases import give_gradients, legw, make_params, same, twins
 from tests.support.machine import HAS_TRITON
+from tests.support.scalers import FAMILY, SCALERS, TAKES_FUSED, family, fused_option, make_scaler
 
-FAMILY = [
-    (SGD, dict(momentum=0.9, dampening=0.3, weight_decay=0.1)),
-    (LARS, dict(weight_decay=0.1, dampening=0.2)),
-    (Adam, dict(amsgrad=True)),
-    (AdamW, dict(maximize=True)),
-    (AdamP, dict(weight_decay=0.1, delta=0.5)),
-    (LAMB, dict(weight_decay=0.1)),
-]
-family = pytest.mark.parametrize(("cls", "options"), FAMILY, ids=[cls.__name__ for cls, _ in FAMILY])
-SCALERS = {"ours": fused_legw.GradScaler, "torch's": torch.amp.GradScaler}
 HOW = ["skip_nonfinite", "found_inf", *SCALERS]
 
 
@@ -45,12 +36,6 @@ def _spoil(params: list[Tensor], step: int) -> None:
     g.view(-1)[chance.randrange(g.numel())] = chance.choice([torch.inf, -torch.inf, torch.nan])
 
 
-def _make_scaler(how: str, device: str, **options):
-    scaler = SCALERS[how](device, **dict(init_scale=1024.0, growth_interval=3) | options)
-    scaler.scale(torch.zeros((), device=device))  # which makes its scale
-    return scaler
-
-
 def _step(optimizer, params: list[Tensor], bad: bool, how: str, scaler) -> None:
     if how == "found_inf":
         optimizer.found_inf = torch.full((1,), float(bad), device=params[0].device)
@@ -67,11 +52,13 @@ def _step(optimizer, params: list[Tensor], bad: bool, how: str, scaler) -> None:
 @family
 @pytest.mark.parametrize("how", HOW)
 def test_skipped_steps_never_were(backend, device, cls, options, how):
+    if fused_option(how) and cls not in TAKES_FUSED:
+        pytest.skip("only the drop-ins for torch's classes take fused")
     params = _mixed(device)
     kept = twins(params)
-    common = dict(lr=legw(Cosine()), tile=16, backend=backend, **options)
+    common = dict(lr=legw(Cosine()), tile=16, backend=backend, **options, **fused_option(how))
     ours, plain = cls(params, skip_nonfinite=how == "skip_nonfinite", **common), cls(kept, **common)
-    scaler = _make_scaler(how, device) if how in SCALERS else None
+    scaler = make_scaler(how, device) if how in SCALERS else None
     mask = _mask(cls, how, 9)
     for step, bad in enumerate(mask):
         give_gradients(step, params, kept)
@@ -89,7 +76,8 @@ def test_skipped_steps_never_were(backend, device, cls, options, how):
     assert [g | dict(lr=None) for g in a["param_groups"]] == [g | dict(lr=None) for g in b["param_groups"]]
     assert ours.steps_applied == plain.steps_applied == mask.count(False)
     assert ours.get_last_lr() == plain.get_last_lr()
-    assert int(ours.steps_skipped) == mask.count(True)
+    # Without fused=True torch's scaler leaves out the call of `step`.
+    assert int(ours.steps_skipped) == (0 if how == "torch's" else mask.count(True))
 
 
 @pytest.mark.parametrize("cls", [SGD, Adam, LAMB])
@@ -140,13 +128,22 @@ def test_our_scaler_is_torchs(backend, device, cls, clip):
     runs, results = [], []
     for how in SCALERS:
         (p,) = make_params(torch.float32, device, [(9,)])
-        optimizer = cls([p], lr=0.01, max_grad_norm=clip, tile=16, backend=backend)
-        runs.append(_scaled_run(optimizer, _make_scaler(how, device, init_scale=64.0), p))
+        optimizer = cls(
+            [p],
+            lr=0.01,
+            max_grad_norm=clip,
+            tile=16,
+            backend=backend,
+            **(fused_option(how) if cls in TAKES_FUSED else {}),
+        )
+        runs.append(_scaled_run(optimizer, make_scaler(how, device, init_scale=64.0), p))
         results.append(p.detach())
-        assert optimizer.steps_applied == 25 and int(optimizer.steps_skipped) == 5
+        called = how == "ours" or optimizer.defaults.get("fused")
+        assert optimizer.steps_applied == 25 and int(optimizer.steps_skipped) == (5 if called else 0)
         assert not {"grad_scale", "found_inf"} & vars(optimizer).keys()
-    assert runs[0] == runs[1] and runs[0][1].count(False) == 5
-    same(results[:1], results[1:])
+    assert runs[0] == runs[1] == runs[2] and runs[0][1].count(False) == 5
+    same(results[:1], results[1:2])
+    same(results[:1], results[2:])
 
 
 def test_other_optimizers_are_torchs_business(backend, device):
@@ -155,7 +152,7 @@ def test_other_optimizers_are_torchs_business(backend, device):
     for how in SCALERS:
         p, q = make_params(torch.float32, device, [(9,), (5,)])
         optimizers = [Adam([p], lr=0.01, tile=16, backend=backend), torch.optim.SGD([q], lr=0.01)]
-        scaler, scales = _make_scaler(how, device), []
+        scaler, scales = make_scaler(how, device), []
         for step in range(6):
             loss = p.sum() * (torch.inf if step == 1 else 1) + q.sum() * (torch.inf if step in (1, 3) else 2)
             scaler.scale(loss).backward()
@@ -165,12 +162,12 @@ def test_other_optimizers_are_torchs_business(backend, device):
             scaler.update()
             scales.append(scaler.get_scale())
         runs.append((scales, optimizers[0].steps_applied, p.tolist(), q.tolist()))
-    assert runs[0] == runs[1] and runs[0][1] == 5
+    assert runs[0] == runs[1] == runs[2] and runs[0][1] == 5
 
 
 def test_explicit_unscale_is_torchs(backend, device):
     (p,) = make_params(torch.float32, device, [(9,)])
-    optimizer, scaler = Adam([p], lr=0.01, tile=16, backend=backend), _make_scaler("ours", device)
+    optimizer, scaler = Adam([p], lr=0.01, tile=16, backend=backend), make_scaler("ours", device)
     scaler.scale(3 * p.sum()).backward()
     scaler.unscale_(optimizer)
     assert torch.equal(p.grad, torch.full_like(p, 3.0)), "it writes the gradients"
@@ -185,7 +182,7 @@ def test_explicit_unscale_is_torchs(backend, device):
 def test_our_scaler_writes_no_gradient(backend, device, options):
     params = make_params(torch.float32, device, [(9,), (20,)])
     optimizer = SGD(params, lr=0.1, tile=16, backend=backend, **options)
-    scaler = _make_scaler("ours", device)
+    scaler = make_scaler("ours", device)
     for bad in (False, True):
         give_gradients(0, params, skip=False)
         if bad:
@@ -203,12 +200,14 @@ def test_an_error_leaves_no_scale_behind_and_the_step_can_be_repeated(backend, d
     (p,) = make_params(torch.float32, device, [(4,)])
     before = p.detach().clone()
     optimizer = SGD([p], lr=legw(), tile=16, backend=backend)
-    scaler, shown = _make_scaler("ours", device), optimizer.param_groups[0]["lr"]
+    scaler, shown = make_scaler("ours", device), optimizer.param_groups[0]["lr"]
     scaler.scale(p.sum()).backward()
     optimizer.param_groups[0]["lr"] = 7.0
     with pytest.raises(RuntimeError, match=r"was set to 7\.0"):
         scaler.step(optimizer)
-    assert not {"grad_scale", "found_inf", "_finds_nonfinite"} & {k for k, v in vars(optimizer).items() if v}
+    assert not {"grad_scale", "found_inf", "_finds_nonfinite", "_takes_scale"} & {
+        k for k, v in vars(optimizer).items() if v
+    }
     same([p.detach()], [before])
     optimizer.param_groups[0]["lr"] = shown
     scaler.step(optimizer)
@@ -229,7 +228,7 @@ def test_launches_under_both_scalers(device, launches, cls, options):
     twice = measured[:1] + measured if cls is LAMB else measured
     for how, expected in (("ours", twice), ("torch's", measured if cls in (LARS, LAMB) else measured[1:])):
         params = make_params(torch.float32, device, [(9,), (20,)])
-        optimizer, scaler = cls(params, lr=legw(), tile=16, backend="triton", **options), _make_scaler(how, device)
+        optimizer, scaler = cls(params, lr=legw(), tile=16, backend="triton", **options), make_scaler(how, device)
         give_gradients(0, params, skip=False)
         launches.clear()
         scaler.step(optimizer)
@@ -240,7 +239,7 @@ def test_the_scalers_state_round_trips(device):
     runs = []
     for resumed in (False, True):
         (p,) = make_params(torch.float32, device, [(9,)])
-        optimizer, scaler = SGD([p], lr=0.01), _make_scaler("ours", device)
+        optimizer, scaler = SGD([p], lr=0.01), make_scaler("ours", device)
         scales, _ = _scaled_run(optimizer, scaler, p, 8)
         if resumed:
             state = scaler.state_dict()

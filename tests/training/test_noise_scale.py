@@ -1,14 +1,12 @@
-"""The gradient noise scale: its estimates, their interval, and where the norms come from."""
+"""The gradient noise scale: its estimates and their interval."""
 
 import math
-import os
 from copy import deepcopy
 
 import pytest
 import torch
-from torch import nn
 
-from fused_legw import DistributedNorms, GradientNoiseScale, MicroBatchNorms
+from fused_legw import GradientNoiseScale
 from fused_legw.training.noise_scale import _student, time_and_samples
 
 
@@ -175,118 +173,6 @@ def test_time_and_samples_lie_on_the_curve():
         assert samples / updates == pytest.approx(batch / 512)
 
 
-# Sources
-
-
-def _model():
-    torch.manual_seed(0)
-    first = nn.Linear(6, 6)
-    return nn.Sequential(first, nn.Tanh(), first, nn.Linear(6, 2))  # the first layer twice: shared weights
-
-
-def _data(update):
-    random = torch.Generator().manual_seed(update)
-    return torch.randn(8, 6, generator=random), torch.randint(0, 2, (8,), generator=random)
-
-
-def _expected(parts, updates):
-    """From whole gradients of every part, one at a time."""
-    model, noise = _model(), GradientNoiseScale(8 // parts, 8)
-    for update in range(updates):
-        gradients = []
-        for inputs, labels in zip(*(x.chunk(parts) for x in _data(update)), strict=True):
-            found = torch.autograd.grad(nn.functional.cross_entropy(model(inputs), labels), list(model.parameters()))
-            gradients.append(torch.cat([g.flatten() for g in found]).double())
-        gradients = torch.stack(gradients)
-        noise.update(gradients.square().sum(1).mean(), gradients.mean(0).square().sum())
-    return noise
-
-
-@pytest.mark.parametrize("parts", [2, 4])
-@pytest.mark.parametrize("mean_of_parts", [True, False])
-def test_micro_batches(parts, mean_of_parts):
-    model, noise = _model(), GradientNoiseScale(8 // parts, 8)
-    unused = torch.ones(3, requires_grad=True)
-    frozen = torch.ones(3)
-    scale = 1024.0
-    with MicroBatchNorms(noise, [*model.parameters(), unused, frozen], mean_of_parts=mean_of_parts) as norms:
-        for update in range(3):
-            model.zero_grad()
-            for inputs, labels in zip(*(x.chunk(parts) for x in _data(update)), strict=True):
-                loss = nn.functional.cross_entropy(model(inputs), labels)
-                (scale * loss / (parts if mean_of_parts else 1)).backward()
-            norms.step(loss_scale=scale)
-    expected = _expected(parts, 3)
-    assert (noise.trace, noise.grad_sq) == pytest.approx((expected.trace, expected.grad_sq), rel=1e-5)
-    model(_data(0)[0]).sum().backward()  # the hooks are gone
-    with pytest.raises(RuntimeError, match="no gradient was seen"):
-        norms.step()
-
-
-def test_micro_batches_refuse():
-    with pytest.raises(ValueError, match=r"noise.big_batch must be a multiple of small_batch=3, got 8"):
-        MicroBatchNorms(GradientNoiseScale(3, 8), _model().parameters())
-    with pytest.raises(ValueError, match="params must be parameters that require gradients"):
-        MicroBatchNorms(GradientNoiseScale(4, 8), [torch.ones(2)])
-
-
-def test_costs_one_read_per_micro_batch_and_one_per_update(monkeypatch):
-    read = []
-    original = torch.linalg.vector_norm
-    monkeypatch.setattr(torch.linalg, "vector_norm", lambda x, **k: read.append(x.numel()) or original(x, **k))
-    model, noise = _model(), GradientNoiseScale(4, 8)
-    size = sum(p.numel() for p in model.parameters())
-    with MicroBatchNorms(noise, model.parameters()) as norms:
-        for inputs in _data(0)[0].chunk(2):
-            (model(inputs).sum() / 2).backward()
-        assert sum(read) == 2 * size
-        norms.step()
-        assert sum(read) == 3 * size
-    model(_data(0)[0]).sum().backward()
-    assert sum(read) == 3 * size
-
-
-def _worker(rank, file, results):
-    import torch.distributed as dist
-    from torch.nn.parallel import DistributedDataParallel
-
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{file}", rank=rank, world_size=2)
-    measured, plain = (DistributedDataParallel(_model(), bucket_cap_mb=1e-4) for _ in range(2))
-    noise = GradientNoiseScale(4, 8)
-    norms = DistributedNorms(noise)
-    measured.register_comm_hook(norms, DistributedNorms.hook)
-    same = True
-    for update in range(3):
-        inputs, labels = (x.chunk(2)[rank] for x in _data(update))
-        for model in (measured, plain):
-            model.zero_grad()
-            nn.functional.cross_entropy(model(inputs), labels).backward()
-        norms.step()
-        pairs = zip(measured.parameters(), plain.parameters(), strict=True)
-        same = same and all(torch.equal(a.grad, b.grad) for a, b in pairs)
-    try:
-        DistributedNorms(GradientNoiseScale(4, 16))
-        refused = ""
-    except ValueError as error:
-        refused = str(error)
-    torch.save((noise.trace, noise.grad_sq, same, refused), f"{results}/{rank}.pt")
-    # Without destructors: gloo's joins its threads while it holds the GIL, which one of them may be waiting for.
-    os._exit(0)
-
-
-@pytest.mark.skipif(not torch.distributed.is_available(), reason="torch was built without distributed")
-def test_two_workers_and_two_micro_batches_agree(tmp_path):
-    torch.multiprocessing.spawn(_worker, (tmp_path / "store", tmp_path), nprocs=2)
-    found = [torch.load(tmp_path / f"{rank}.pt") for rank in range(2)]
-    expected = _expected(2, 3)
-    for trace, grad_sq, same, refused in found:
-        assert (trace, grad_sq) == pytest.approx((expected.trace, expected.grad_sq), rel=1e-5)
-        assert same  # the gradients are those without the hook, to the bit
-        assert refused == "noise.big_batch must be 2 workers times small_batch=4, got 16"
-    assert found[0][:2] == found[1][:2]
-
-
 def test_state_is_copied():
     noise = GradientNoiseScale(1, 2)
     noise.update(2.0, 1.0)
@@ -294,3 +180,13 @@ def test_state_is_copied():
     noise.update(9.0, 1.0)
     assert twin.updates == 1
     assert twin.trace == 2
+
+
+def test_another_big_batch_is_checked():
+    noise = GradientNoiseScale(2, 8)
+    for wrong, message in (2, "big_batch must be above small_batch=2, got 2"), (2.5, "big_batch must be a positive"):
+        with pytest.raises(ValueError, match=message):
+            noise.update(2.0, 1.0, big_batch=wrong)
+    assert noise.updates == 0
+    noise.update(2.0, 1.0, big_batch=4)
+    assert (noise.trace, noise.grad_sq) == pytest.approx((1 / (1 / 2 - 1 / 4), (4 * 1 - 2 * 2) / 2))
