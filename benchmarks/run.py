@@ -1,4 +1,4 @@
-"""One run of the benchmarks: the cases that were asked for, their groups measured one after another, and what is recorded."""
+"""One run of the benchmarks: the cases asked for, their groups measured one after another, and what is recorded."""
 
 from __future__ import annotations
 

@@ -10,7 +10,7 @@ import pytest
 from .cases import Case
 from .results import KEY
 from .rounds import Outcome
-from .run import CASES, RUN, case_of
+from .run import CASES, RUN
 
 _readings: list[float] = []  # of the clock below, the next one last
 
