@@ -43,7 +43,7 @@ codegen: $(READY)
 
 # OMP_WAIT_POLICY: threads that spin while they wait take the cores from each other.
 bench: $(READY)
-	OMP_WAIT_POLICY=passive $(BIN)/pytest benchmarks -v --benchmark-only --benchmark-quiet $(BENCH)
+	OMP_WAIT_POLICY=passive $(BIN)/pytest benchmarks -v --record --benchmark-only --benchmark-quiet --benchmark-max-time=0.5 $(BENCH)
 
 # Each application at its baseline and at its largest batch by LEGW; ends early where a baseline misses its target.
 examples: $(READY)

@@ -37,6 +37,12 @@ class Case:
     contender: Contender | None = None
     status: str = ""  # the reason if it is not run
 
+    @property
+    def key(self) -> tuple[str, ...]:
+        """The columns that tell a row from all others; `results.KEY` has their names."""
+        g = self.group
+        return g.family, g.model, g.dtype, g.bookkeeping, self.name, self.mode
+
     def __str__(self) -> str:
         return "-".join(filter(None, (str(self.group), self.name, self.mode)))
 

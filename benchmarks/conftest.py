@@ -1,46 +1,57 @@
-"""A run of the benchmarks: its options, what it refuses, and its groups, measured one after another."""
+"""The options of a run, what a recorded run refuses, and what pytest prints."""
 
 from __future__ import annotations
 
-import os
 import time
+from contextlib import suppress
 from pathlib import Path
-from typing import Any
 
 import pytest
-import torch
 
-from . import provenance, results
-from .cases import Case, CaseGroup
+from . import provenance
 from .least_bytes import FAMILIES
-from .rounds import Outcome, Setting, time_contenders
-from .shapes import shapes_of, smaller
+from .run import BUDGET, DEVICE, RUN, BenchmarkRun, case_of
 
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # then everything runs on the CPU, without Triton's kernels
-DEVICE = torch.device("cuda" if torch.cuda.is_available() and not INTERPRETED else "cpu")
+# Options about recorded runs alone, by their names in Python.
+OF_RECORDS = ("results", "append", "commit", "allow_dirty", "tests_passed")
+# pytest-benchmark's about how it times a function itself. Here a case is timed in turns with the others of its group.
+NOT_USED = tuple(f"--benchmark-{name}" for name in ("timer", "min-time", "precision", "confidence", "cal", "warmup"))
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     group = parser.getgroup("fused-legw benchmarks")
     add = group.addoption
     add("--part", action="append", choices=FAMILIES, help="only this family; can be given again")
-    add("--results", type=Path, help="folder of the CSV file (benchmarks/results)")
-    add("--append", action="store_true", help="add to the CSV file instead of starting it anew")
-    add("--commit", help="the commit measured, where the source tree has no git")
-    add("--allow-dirty", action="store_true", help="measure files that differ from the commit; rows say so")
-    add("--tests-passed", action="store_true", help="do not run the tests first: they have passed")
-    add(
-        "--budget", type=float, default=480.0, help="seconds, tests included, after which no other group is begun (480)"
-    )
-    add("--seconds-per-case", type=float, default=0.5, help="for how long to time each contender (0.5)")
-    add("--smoke", action="store_true", help="small tensors, to try the suite itself; writes only where --results says")
+    add("--smoke", action="store_true", help="small tensors, to try the suite itself; its times say nothing")
+    add("--budget", type=float, help=f"seconds after which no other group is begun (none; {BUDGET:.0f} with --record)")
+    add("--record", action="store_true", help="run the tests, refuse a dirty tree, write a CSV file: `make bench`")
+    add("--results", type=Path, help="with --record: folder of the CSV file (benchmarks/results)")
+    add("--append", action="store_true", help="with --record: add to the CSV file instead of starting it anew")
+    add("--commit", help="with --record: the commit measured, where the source tree has no git")
+    add("--allow-dirty", action="store_true", help="with --record: measure files that differ from the commit")
+    add("--tests-passed", action="store_true", help="with --record: do not run the tests first: they have passed")
 
 
 def pytest_sessionstart(session: pytest.Session) -> None:
-    """Refuse before anything is measured. Every row must belong to a commit that can be looked up."""
+    """Only a recorded run asks anything of the source tree."""
     began, config = time.monotonic(), session.config
     if config.option.collectonly:
         return
+    if not config.getoption("record"):
+        for name in OF_RECORDS:
+            if config.getoption(name):
+                raise pytest.UsageError(f"--{name.replace('_', '-')} is about recorded runs: give --record too")
+    commit = _recorded_commit(config) if config.getoption("record") else None
+    config.stash[RUN] = BenchmarkRun(config, commit, began)
+
+
+def _recorded_commit(config: pytest.Config) -> str:
+    """Refuse before anything is measured. Every recorded row must belong to a commit that can be looked up."""
+    idle = [name for name in ("benchmark_disable", "benchmark_skip") if config.getoption(name)]
+    if config.getoption("dist", "no") != "no":
+        idle.append("dist")
+    if idle:
+        raise pytest.UsageError(f"--record with --{idle[0].replace('_', '-')}: nothing would be measured")
     commit = config.getoption("commit") or provenance.commit()
     dirty = [] if config.getoption("commit") else provenance.changed_files()
     if commit is None:
@@ -49,11 +60,17 @@ def pytest_sessionstart(session: pytest.Session) -> None:
         raise pytest.UsageError(f"files differ from the commit: commit them or give --allow-dirty\n{_listed(dirty)}")
     if not config.getoption("tests_passed") and not provenance.tests_pass():
         raise pytest.UsageError("tests fail: nothing is measured")
-    config.stash[RUN] = BenchmarkRun(config, commit + ("-dirty" if dirty else ""), began)
+    return commit + ("-dirty" if dirty else "")
 
 
 def _listed(lines: list[str]) -> str:
     return "\n".join(lines[:10] + ["..."] * (len(lines) > 10))
+
+
+def pytest_report_header(config: pytest.Config) -> list[str]:
+    what = "recorded" if config.getoption("record") else "nothing is recorded (`make bench` records)"
+    unused = [arg for arg in map(str, config.invocation_params.args) if arg.startswith(NOT_USED)]
+    return [f"fused-legw benchmarks: {DEVICE}, {what}", *(f"without effect here: {arg}" for arg in unused)]
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
@@ -64,58 +81,10 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         items[:] = [item for item in items if item not in out]
 
 
-def case_of(item: pytest.Item) -> Case | None:
-    spec = getattr(item, "callspec", None)
-    return spec.params.get("case") if spec else None
-
-
-class BenchmarkRun:
-    """What a run has measured so far, and the file it writes."""
-
-    def __init__(self, config: pytest.Config, commit: str, began: float) -> None:
-        self.config, self.facts = config, provenance.facts(DEVICE, commit)
-        self.deadline = began + config.getoption("budget")
-        self.measured: dict[CaseGroup, dict[Case, tuple[Outcome, results.Row]]] = {}
-        self.smoke: bool = config.getoption("smoke")
-        folder = config.getoption("results") or (None if self.smoke else provenance.RESULTS)
-        self.file = folder and folder / f"{provenance.file_name(self.facts['device'])}.csv"
-        if self.file and not config.getoption("append"):
-            self.file.unlink(missing_ok=True)
-
-    def result(self, case: Case, items: list[pytest.Item]) -> tuple[Outcome, results.Row]:
-        """A case's result. The first case of a group has all cases of the group measured that were asked for."""
-        if case.group not in self.measured:
-            cases = [other for item in items if (other := case_of(item)) and other.group == case.group]
-            self.measured[case.group] = self._measure(cases)
-        return self.measured[case.group][case]
-
-    def _measure(self, cases: list[Case]) -> dict[Case, tuple[Outcome, results.Row]]:
-        group = cases[0].group
-        late = "not run: time" if time.monotonic() > self.deadline else ""
-        if why := cases[0].status or late:
-            outcomes = [Outcome(status=case.status or why) for case in cases]
-            rows = [{**results.empty_row(case), "status": o.status} for case, o in zip(cases, outcomes, strict=True)]
-        else:
-            shapes = smaller(shapes_of(group.model), 32) if self.smoke else shapes_of(group.model)
-            limit = 0.0 if self.smoke else self.config.getoption("seconds_per_case")
-            setting = Setting(shapes, getattr(torch, group.dtype), group.bookkeeping, DEVICE, limit)
-            outcomes = time_contenders([case.contender for case in cases if case.contender], setting, self._say)
-            rows = results.rows_of(cases, outcomes, shapes)
-        rows = [{**row, **self.facts} for row in rows]
-        if self.file:
-            results.append(self.file, rows)
-        return dict(zip(cases, zip(outcomes, rows, strict=True), strict=True))
-
-    def _say(self, name: str) -> None:
-        """Name the contender being made ready, on a terminal: compiling takes a while."""
-        plugin: Any = self.config.pluginmanager.get_plugin
-        reporter = plugin("terminalreporter")
-        if reporter and reporter.isatty:
-            with plugin("capturemanager").global_and_fixture_disabled():
-                reporter.write(f"[{name}] ")
-
-
-RUN = pytest.StashKey[BenchmarkRun]()
+def pytest_unconfigure(config: pytest.Config) -> None:
+    """Remove the folder that pytest-benchmark makes also where nothing is saved. One with files stays."""
+    with suppress(OSError):
+        (config.invocation_params.dir / ".benchmarks").rmdir()
 
 
 @pytest.hookimpl(tryfirst=True)

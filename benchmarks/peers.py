@@ -30,7 +30,10 @@ class Peer:
 
     @property
     def installed(self) -> bool:
-        return importlib.util.find_spec(self.module.partition(".")[0]) is not None
+        try:
+            return importlib.util.find_spec(self.module.partition(".")[0]) is not None
+        except ValueError:  # a stand-in in sys.modules, which has no spec
+            return False
 
     def make(self, params: list[Tensor], bookkeeping: str) -> Step:
         own = self.bfloat16 if params[0].dtype == torch.bfloat16 else None

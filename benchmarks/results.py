@@ -64,9 +64,7 @@ def _is_torch(case: Case) -> bool:
 
 def empty_row(case: Case) -> Row:
     """A row with nothing measured."""
-    g = case.group
-    key = (g.family, g.model, g.dtype, g.bookkeeping, case.name, case.mode)
-    return {**dict.fromkeys(COLUMNS, ""), **dict(zip(KEY, key, strict=True)), "status": case.status}
+    return {**dict.fromkeys(COLUMNS, ""), **dict(zip(KEY, case.key, strict=True)), "status": case.status}
 
 
 def append(file: Path, rows: Sequence[Row]) -> None:

@@ -45,7 +45,8 @@ class Setting:
     dtype: torch.dtype
     bookkeeping: str
     device: torch.device
-    seconds: float  # for how long each of them is timed
+    seconds: float  # for how long each of them is timed, but for at most MOST_ROUNDS
+    fewest_rounds: int = FEWEST_ROUNDS  # however long they take; may be above MOST_ROUNDS
 
     @property
     def elements(self) -> int:
@@ -64,7 +65,7 @@ class Entrant:
             self.step()
             synchronize(setting.device)
             took = time.perf_counter() - start
-        self.rounds = max(FEWEST_ROUNDS, min(MOST_ROUNDS, int(setting.seconds / took)))
+        self.rounds = max(setting.fewest_rounds, min(MOST_ROUNDS, int(setting.seconds / took)))
         outcome.host = self._host_seconds(contender, setting)
         try:
             outcome.launches = launches(self.step, setting.device)

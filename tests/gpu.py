@@ -82,7 +82,8 @@ def _sanitize(run: Run) -> list[Command]:
 
 def _bench(family: str) -> Callable[[Run], list[Command]]:
     """The one place that says how benchmarks are run. Whether the tests passed is the other parts' to say."""
-    options = ["-v", "--benchmark-only", "--benchmark-quiet", "--tests-passed", "--append", "--part", family]
+    options = ["-v", "--record", "--benchmark-only", "--benchmark-quiet", "--benchmark-max-time=0.5"]
+    options += ["--tests-passed", "--append", "--part", family]
     return lambda run: [
         _pytest("benchmarks", *options, "--results", str(run.out), *(["--commit", run.commit] if run.commit else []))
     ]

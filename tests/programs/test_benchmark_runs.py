@@ -1,4 +1,4 @@
-"""A run of the benchmarks as a whole: what it writes, and what it refuses."""
+"""A recorded run of the benchmarks as a whole: what it writes, and what it refuses."""
 
 from __future__ import annotations
 
@@ -12,10 +12,9 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-import torch
 
-from benchmarks import conftest, provenance, results
-from benchmarks.cases import every_case
+from benchmarks import conftest, provenance, results, run
+from benchmarks.cases import Case
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -27,7 +26,8 @@ def test_the_whole_command_without_git(tmp_path: Path) -> None:
         shutil.copytree(ROOT / name, copy / name, ignore=shutil.ignore_patterns("__pycache__", "results"))
     shutil.copy(ROOT / "pyproject.toml", copy)
     command = [sys.executable, "-m", "pytest", "benchmarks", "-v", "-p", "no:cacheprovider", "--benchmark-only"]
-    command += ["--smoke", "--tests-passed", "--part=sgd", "-k", "(resnet50 and float32-plain) or (gpt and plain)"]
+    command += ["--record", "--smoke", "--tests-passed", "--part=sgd"]
+    command += ["-k", "(resnet50 and float32-plain) or (gpt and plain)"]
     # One thread: a fork and join per tensor takes milliseconds where other tests hold the cores.
     env = {**os.environ, "OMP_NUM_THREADS": "1"}
     command += ["--commit=0123456789ab", f"--results={tmp_path}", f"--benchmark-json={tmp_path / 'rounds.json'}"]
@@ -51,19 +51,26 @@ class Config(dict):
     """pytest's, as far as a run's beginning asks."""
 
     option = SimpleNamespace(collectonly=False)
-    getoption = dict.__getitem__
 
     def __init__(self, **options: object) -> None:
         super().__init__(commit=None, allow_dirty=False, tests_passed=False, budget=1.0, smoke=True, append=True)
-        self.update({"results": None, **options})
+        self.update({"record": True, "benchmark_disable": False, "benchmark_skip": False, "results": None, **options})
         self.stash = pytest.Stash()
+
+    def getoption(self, name: str, default: object = None) -> object:
+        return self.get(name, default)
+
+
+def item_of(case: Case) -> SimpleNamespace:
+    """A case's test, as far as a run asks."""
+    return SimpleNamespace(callspec=SimpleNamespace(params=dict(zip(results.KEY, case.key, strict=True))))
 
 
 def start(**options: object) -> str:
     """Begin a run; the commit that its rows would have."""
     config = Config(**options)
     conftest.pytest_sessionstart(SimpleNamespace(config=config))
-    return config.stash[conftest.RUN].facts["commit"]
+    return config.stash[run.RUN].facts["commit"]
 
 
 def test_what_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -83,6 +90,23 @@ def test_what_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(pytest.UsageError, match="give --commit"):
         start()
     assert start(commit="def") == "def"
+    for option in ("benchmark_disable", "benchmark_skip"):
+        with pytest.raises(pytest.UsageError, match=f"--{option.replace('_', '-')}: nothing would be measured"):
+            start(**{option: True})
+    with pytest.raises(pytest.UsageError, match="--dist: nothing would be measured"):
+        start(dist="load")
+
+
+@pytest.mark.parametrize("option", ["results", "append", "commit", "allow_dirty", "tests_passed"])
+def test_a_plain_run_asks_nothing_and_refuses_what_is_about_records(
+    monkeypatch: pytest.MonkeyPatch, option: str, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(provenance, "commit", lambda: None)
+    monkeypatch.setattr(provenance, "changed_files", lambda: [" M fused_legw/sgd.py"])
+    monkeypatch.setattr(provenance, "tests_pass", lambda: False)
+    assert start(record=False, append=False, smoke=False) == ""
+    with pytest.raises(pytest.UsageError, match=f"--{option.replace('_', '-')} is about recorded runs"):
+        start(**{"record": False, "append": False, option: tmp_path})
 
 
 @pytest.mark.skipif(shutil.which("git") is None, reason="needs git")
@@ -111,11 +135,21 @@ def test_tests_run_before_a_run_and_their_failure_is_seen(tmp_path: Path, monkey
 
 
 def test_after_the_budget_nothing_else_is_begun(tmp_path: Path) -> None:
-    config = Config(results=tmp_path, budget=-1.0)
-    run = conftest.BenchmarkRun(config, "abc", time.monotonic())
-    case = next(case for case in every_case(torch.device("cpu")) if case.contender)
-    items = [SimpleNamespace(callspec=SimpleNamespace(params={"case": case}))]
-    outcome, row = run.result(case, items)
+    late = run.BenchmarkRun(Config(results=tmp_path, budget=-1.0), "abc", time.monotonic())
+    case = next(case for case in run.CASES.values() if case.contender)
+    outcome, row = late.result(case, [item_of(case)])
     assert (outcome.status, row["status"]) == ("not run: time", "not run: time")
     (file,) = tmp_path.glob("*.csv")
     assert [r["contender"] for r in results.read(file)] == [case.name]
+
+
+def test_the_recorded_file_is_replaced_no_sooner_than_there_are_rows(tmp_path: Path) -> None:
+    late = run.BenchmarkRun(Config(results=tmp_path, append=False, budget=-1.0), "abc", time.monotonic())
+    file = tmp_path / f"{provenance.file_name(late.facts['device'])}.csv"
+    file.write_text("the last run's")
+    late = run.BenchmarkRun(Config(results=tmp_path, append=False, budget=-1.0), "abc", time.monotonic())
+    assert file.read_text() == "the last run's"
+    first, *_, last = [case for case in run.CASES.values() if case.contender]
+    for case in (first, last):
+        late.result(case, [item_of(case)])
+    assert [row["status"] for row in results.read(file)] == ["not run: time"] * 2
