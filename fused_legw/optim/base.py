@@ -52,8 +52,8 @@ class FusedOptimizer(StepReports, torch.optim.Optimizer):
     torch.distributed.checkpoint: it sets "lr" to 0 and steps to create optimizer state. Such a step allocates state and
     changes no weight. If every scheduled group is at 0, the step is not counted.
 
-    With fused=True, as in torch, and under our GradScaler `step` divides by the scale of AMP itself. It takes the scale
-    and the inf check in the attributes grad_scale and found_inf. Otherwise torch.amp.GradScaler unscales before it.
+    With fused=True, as in torch, and under our GradScaler, `step` divides by AMP's scale itself. It takes the scale and
+    the inf check in the attributes grad_scale and found_inf.
 
     Args:
         params: parameters, named parameters, or param groups.
@@ -67,8 +67,7 @@ class FusedOptimizer(StepReports, torch.optim.Optimizer):
     """
 
     _spec: OptimizerSpec
-    _takes_scale = False  # our GradScaler sets it for one step
-    _finds_nonfinite = False  # so this
+    _takes_scale = _finds_nonfinite = False  # our GradScaler sets them for one step
 
     def __init__(
         self,
@@ -327,9 +326,8 @@ class FusedOptimizer(StepReports, torch.optim.Optimizer):
         """Make the next step skip itself if a gradient is not finite. Returns the flag that it writes, per device."""
         self._current_layout()
         assert self._engine is not None
-        devices = self._engine.devices
         self._finds_nonfinite = True
-        return {device.device: device.nonfinite.zero_() for device in devices}
+        return {device.device: device.nonfinite.zero_() for device in self._engine.devices}
 
     @torch.no_grad()
     def upload_param_groups(self) -> None:
