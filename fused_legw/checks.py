@@ -11,7 +11,6 @@ import numbers
 import operator
 from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from itertools import pairwise
 from numbers import Integral, Real
 from typing import Any, NoReturn
 
@@ -77,45 +76,93 @@ def count(name: str, value: object, *, zero: bool = False) -> int:
 SUPPORTED_DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 
 
+def dense_strides(p: Tensor) -> tuple[int, ...]:
+    """The strides of a dense tensor of the same shape, with its elements in the order of p's."""
+    return p.stride() if p.is_contiguous() else torch.empty_like(p, device="meta").stride()
+
+
 def is_dense(p: Tensor) -> bool:
     """Whether the elements fill one span of memory without gaps, in any order, as in channels_last and transposed."""
-    # empty_like keeps the strides of exactly these tensors.
-    return p.numel() == 0 or torch.empty_like(p, device="meta").stride() == p.stride()
+    return p.numel() == 0 or dense_strides(p) == p.stride()
+
+
+def is_unmade(p: Tensor) -> bool:
+    """Whether a parameter has no values yet: it is lazy, or on the meta device."""
+    return isinstance(p, UninitializedParameter) or p.device.type == "meta"
 
 
 def check_parameter(name: str, p: Tensor) -> None:
-    if isinstance(p, UninitializedParameter):
-        raise ValueError(f"{name} is uninitialized: run a forward pass before making the optimizer")
+    """Refuse a parameter that no update could write."""
     _check_plain(name, p)
-    if p.device.type == "meta":
-        raise ValueError(f"{name} is on the meta device: materialize it before making the optimizer")
-    if not is_dense(p):
+    if not is_dense(p) and len(torch.unique(_units(p, p.element_size()))) < p.numel():
         raise ValueError(
-            f"{name} is not dense, pass a contiguous tensor: shape {tuple(p.shape)} with strides {p.stride()}"
+            f"{name} has elements that share memory, pass a contiguous tensor: shape {tuple(p.shape)} with strides "
+            f"{p.stride()}"
         )
 
 
+def may_be_left(p: Tensor) -> bool:
+    """Whether an optimizer can leave a parameter alone for now: it has no values, or is frozen without gradient."""
+    return is_unmade(p) or (not p.requires_grad and p.grad is None)
+
+
 def check_rows(name: str, p: Tensor) -> None:
-    """Refuse a dense parameter whose slices along its first dimension are not contiguous in memory."""
-    if p.ndim > 1 and len(p) > 1 and p.numel() and p.stride(0) * len(p) != p.numel():
+    """Refuse a parameter whose slices along its first dimension are not contiguous in memory; gaps do not count."""
+    if p.ndim > 1 and len(p) > 1 and p.numel() and dense_strides(p)[0] * len(p) != p.numel():
         raise ValueError(
             f"{name} is not contiguous by rows: shape {tuple(p.shape)} with strides {p.stride()}; pass a contiguous "
             "or channels_last tensor"
         )
 
 
-def check_overlaps(named: Sequence[tuple[str, Tensor]]) -> None:
-    """Refuse parameters that share memory: a step would update it twice. Disjoint views of one storage are fine."""
-    spans = sorted(
-        (str(p.device), p.data_ptr(), p.data_ptr() + p.numel() * p.element_size(), name)
-        for name, p in named
-        if p.numel()
-    )
-    for (device, begin, end, name), (other_device, start, other_end, other) in pairwise(spans):
-        if (device, begin, end) == (other_device, start, other_end):
-            raise ValueError(f"{name} and {other} are the same memory: a parameter can be listed once")
-        if device == other_device and start < end:
-            raise ValueError(f"{name} and {other} share memory: pass one of them, or clone one")
+def _span(p: Tensor) -> int:
+    """The number of bytes from a tensor's first element to the end of its last."""
+    return (1 + sum((n - 1) * stride for n, stride in zip(p.shape, p.stride(), strict=True))) * p.element_size()
+
+
+def _units(p: Tensor, size: int) -> Tensor:
+    """The address of each unit of `size` bytes that a tensor's elements take. size: at most that of an element."""
+    addresses = torch.tensor([p.data_ptr()], dtype=torch.int64, device="cpu")
+    strides = [stride * p.element_size() for stride in p.stride()]
+    for n, stride in [*zip(p.shape, strides, strict=True), (p.element_size() // size, size)]:
+        addresses = (addresses[:, None] + stride * torch.arange(n, device="cpu")).flatten()
+    return addresses
+
+
+def _overlap(a: Tensor, b: Tensor) -> bool:
+    """Whether two tensors whose spans overlap have a byte in common."""
+    if is_dense(a) and is_dense(b):
+        return True
+    size = min(a.element_size(), b.element_size())
+    return bool(torch.isin(_units(a, size), _units(b, size)).any())
+
+
+def overlapping(named: Sequence[tuple[str, Tensor]]) -> list[Tensor]:
+    """The parameters that can be left alone for now and share memory with another one.
+
+    Raises:
+        ValueError: two others share memory: a step would update it twice. Disjoint views of one storage are fine.
+    """
+    left = list[Tensor]()
+    before = list[tuple[str, Tensor]]()  # those whose spans may reach the next one's
+    for name, p in sorted((x for x in named if x[1].numel()), key=lambda x: (str(x[1].device), x[1].data_ptr())):
+        before = [x for x in before if x[1].device == p.device and x[1].data_ptr() + _span(x[1]) > p.data_ptr()]
+        met = [x for x in before if _overlap(x[1], p)]
+        if met and may_be_left(p):
+            left.append(p)
+            continue
+        for other_name, other in met:
+            if not may_be_left(other):
+                same = (other.data_ptr(), _span(other)) == (p.data_ptr(), _span(p))
+                what = (
+                    "are the same memory: a parameter can be listed once"
+                    if same
+                    else ("share memory: pass one of them, or clone one")
+                )
+                raise ValueError(f"{other_name} and {name} {what}")
+            left.append(other)
+        before = [x for x in before if not any(x is y for y in met)] + [(name, p)]
+    return left
 
 
 @contextmanager

@@ -42,7 +42,7 @@ class SegmentBatch:
         first, after = self.chosen[0], self.chosen[-1] + 1
         self.adjacent = after - first == len(self.chosen)
         self.rows = slice(first, after) if self.adjacent else self.chosen
-        self.params = [self.bucket.segments[i].param for i in self.chosen]
+        self.params = [self.bucket.segments[i].tensor for i in self.chosen]
         tile, segments = self.bucket.tile, [self.bucket.segments[i] for i in self.chosen]
         self._starts = [segment.first_tile * tile for segment in segments]
         self.elements = sum(map(self.bucket.padded, segments))
@@ -278,7 +278,7 @@ class AtenBackend(Backend):
     @staticmethod
     def _synced_master(bucket: Bucket, i: int) -> Tensor:
         """The segment's master. Where the weight is not its rounding, other code changed the weight: it is taken."""
-        p, master = bucket.segments[i].param, bucket.segments[i].state.get(MASTER)
+        p, master = bucket.segments[i].tensor, bucket.segments[i].state.get(MASTER)
         if master is None:
             return p.float()
         return torch.where(master.to(p.dtype) == p, master, p, out=master)

@@ -40,16 +40,16 @@ class Engine:
         steps_applied: int,
         *,
         carry_norms: bool,
+        steps_skipped: Mapping[torch.device, int],
         previous: Engine | None,
     ) -> None:
         """backends: the name of each device's backend. previous: the engine that this one replaces."""
         self._spec, self._layout = spec, layout
-        skipped = {device.device: int(device.step_counts[1]) for device in previous.devices} if previous else {}
         self.devices: list[Backend] = []
         for device, name in backends.items():
             own = [bucket for bucket in layout.buckets if bucket.device == device]
             self.devices.append(make_backend(name, spec, own, steps_applied, carry_norms=carry_norms))
-            self.devices[-1].step_counts[1] = skipped.get(device, 0)
+            self.devices[-1].step_counts[1] = steps_skipped.get(device, 0)
         self.counts_on_host = all(device.counts_on_host for device in self.devices)
         self._carries = carry_norms and not self.counts_on_host
         self._passes: tuple[object, tuple[Pass, ...]] = None, ()  # the last step's, after the values they depend on
@@ -58,7 +58,20 @@ class Engine:
         # Earlier engines with captured graphs, which use the buffers and tables of their capture.
         self._kept: list[Engine] = []
         if previous is not None:
-            self._kept = [*previous._kept, *([previous] if any(device.captured for device in previous.devices) else [])]
+            self._kept = [*previous._kept, *([previous] if previous._recorded else [])]
+
+    @property
+    def _recorded(self) -> bool:
+        return any(device.captured for device in self.devices)
+
+    @property
+    def captured(self) -> bool:
+        """Whether a graph may still replay a step of this engine or an earlier one."""
+        return self._recorded or bool(self._kept)
+
+    def steps_skipped(self) -> dict[torch.device, int]:
+        """The number of steps skipped, by device. Reads the devices."""
+        return {device.device: int(device.step_counts[1]) for device in self.devices}
 
     @property
     def capturing(self) -> bool:
@@ -75,6 +88,8 @@ class Engine:
             self._passes = key, every
         if self._carries:
             self._see_versions()
+        for bucket in self._layout.buckets:
+            bucket.read_gaps()
         try:
             for device in self.devices:
                 device.begin(groups, self._own(device, found), control, others=len(self.devices) - 1, options=options)
@@ -83,6 +98,8 @@ class Engine:
                 self._replayed.append(needs(self._spec, groups))
             for what in self._passes[1]:
                 self._run(what, groups, control)
+            for bucket, gradients in zip(self._layout.buckets, found.by_bucket, strict=True):
+                bucket.write_gaps(gradients)
         finally:
             for device in self.devices:
                 device.end()

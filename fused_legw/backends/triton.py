@@ -73,14 +73,15 @@ class TritonBackend(Backend):
         self._group_table = GroupTable(spec, device)
         self._segments = [
             torch.tensor(
-                [launch.segment_row(s.param, s.first_tile, s.first_chunk, s.chunk_tiles, s.group) for s in b.segments],
+                [launch.segment_row(s.tensor, s.first_tile, s.first_chunk, s.chunk_tiles, s.group) for s in b.segments],
                 dtype=torch.int64,
                 device="cpu",
             ).to(device)
             for b in buckets
         ]
         self._projections: list[launch.Rows | None] = [
-            launch.Rows.of(b.params, b.tile, compute_dtype(b.dtype), device) if spec.projects else None for b in buckets
+            launch.Rows.of(b.tensors, b.tile, compute_dtype(b.dtype), device) if spec.projects else None
+            for b in buckets
         ]
         # By bucket and gradient dtype: addresses, and the ticket of its launches.
         self._address_tables: dict[tuple[int, torch.dtype], tuple[DeviceTable, Tensor]] = {}

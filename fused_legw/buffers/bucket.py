@@ -2,18 +2,21 @@
 
 A segment's parameter lives in the bucket's weight buffer. It stays where it is with flatten=False, or if something else
 holds its storage too (cuDNN's RNN weights, a user's tensor), which would keep a stale copy. State and masters always
-live in flat buffers. Kernels reach parameters and gradients by address, so one launch updates both kinds.
+live in flat buffers. Kernels reach parameters and gradients by address, so one launch updates both kinds. A parameter
+whose elements do not fill its memory, such as a slice, is updated through a dense copy.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
-from ..torch_private import storage_uses
+from ..checks import is_dense
+from ..torch_private import foreach_copy_
+from . import memory
 
 MASTER = "master_param"
 STEP = "step"
@@ -25,12 +28,13 @@ class Segment:
     """One parameter's place in its bucket."""
 
     param: Tensor
+    tensor: Tensor  # what an update reads and writes: the parameter, or the dense copy of one with gaps
     group: int  # index into param_groups
     first_tile: int
     first_chunk: int
     chunk_tiles: int  # tiles of a chunk
     place: tuple[object, ...] = ()  # `place_of` the parameter when it was adopted
-    state: dict[str, Tensor] = field(default_factory=dict)  # live views with the parameter's shape and strides
+    state: dict[str, Tensor] = field(default_factory=dict)  # live views with the tensor's shape and strides
     shown: set[str] = field(default_factory=set)  # names of the views that optimizer.state holds
     requested: bool = False  # whether a step at LR 0 created the state on purpose
 
@@ -64,20 +68,6 @@ def chunk_tiles(tiles: int, dtype: torch.dtype) -> int:
     return size
 
 
-def may_move(p: Tensor) -> bool:
-    """Whether no other view, tensor, process or library refers to the parameter's storage.
-
-    Any other holder would keep a stale copy. If in doubt, the parameter stays where it is.
-    """
-    storage = p.untyped_storage()
-    return (
-        storage.nbytes() == p.numel() * p.element_size()
-        and storage_uses(storage) <= 2  # by the parameter, and by `storage` here
-        and storage.resizable()  # memory that torch did not allocate, such as NumPy's, is not
-        and not (p.device.type == "cpu" and storage.is_shared())
-    )
-
-
 class Bucket:
     """The parameters of one (device, dtype), in param-group order, and their flat buffers."""
 
@@ -92,9 +82,13 @@ class Bucket:
         for i, (p, group) in enumerate(params):
             tiles = self._tiles_of(p)
             size = chunk_tiles(tiles, self.dtype)
-            self.segments.append(Segment(p, group, self.n_tiles, len(owner), size))
+            tensor = p if is_dense(p) else torch.empty_like(p, requires_grad=False)
+            self.segments.append(Segment(p, tensor, group, self.n_tiles, len(owner), size))
             owner += [i] * -(-tiles // size)
             self.n_tiles += tiles
+        self._gaps = [i for i, segment in enumerate(self.segments) if segment.tensor is not segment.param]
+        self._dense = [self.segments[i].tensor for i in self._gaps]  # the copies of the parameters with gaps
+        self.tensors = [segment.tensor for segment in self.segments] if self._gaps else self.params
         # On tables_device:
         self.chunks = torch.tensor(owner, dtype=torch.int32, device="cpu").to(tables_device)  # the segment of each
         self.tensor_steps = torch.zeros(len(params), dtype=torch.int64, device=tables_device)  # updates, per segment
@@ -119,16 +113,16 @@ class Bucket:
         size = self.n_tiles * self.tile
         self.state[name] = torch.zeros(size, dtype=compute_dtype(self.dtype), device=self.device)
         for segment in self.segments:
-            p = segment.param
-            segment.state[name] = self.state[name].as_strided(p.shape, p.stride(), segment.first_tile * self.tile)
+            segment.state[name] = memory.part(self.state[name], segment.first_tile * self.tile, segment.tensor)
             if name == MASTER:
-                segment.state[name].copy_(p)
+                segment.state[name].copy_(segment.param)
 
     def show_steps(self) -> None:
         """Give each segment a view of its update count in torch's form: a float32, which stops at 2^24."""
         self.torch_steps = torch.zeros(len(self.segments), dtype=torch.float32, device=self.tensor_steps.device)
-        for segment, view in zip(self.segments, self.torch_steps.unbind(), strict=True):
-            segment.state[STEP] = view
+        scalar = torch.empty((), device="meta")
+        for i, segment in enumerate(self.segments):
+            segment.state[STEP] = memory.part(self.torch_steps, i, scalar)
 
     def set_steps(self, steps: Sequence[int]) -> None:
         """Write every segment's update count."""
@@ -153,30 +147,52 @@ class Bucket:
         same = self.tensor_steps.float() == self.torch_steps
         return torch.where(same, self.tensor_steps, self.torch_steps.long()).tolist()
 
-    def adopt(self, *, flatten: bool) -> None:
-        """Move the parameters that may move into one buffer (if flatten), and note where each one is.
+    def adopt(self, movable: Sequence[Tensor]) -> None:
+        """Move these parameters of the bucket into a new buffer, and note where each parameter is.
 
         Peak memory: the buffer plus the parameters, whose old storages are then freed one by one.
         """
-        movable = [segment.param for segment in self.segments if flatten and may_move(segment.param)]
         if movable:
             size = sum(map(self._tiles_of, movable)) * self.tile
             self.weights = torch.zeros(size, dtype=self.dtype, device=self.device)
+            memory.register(self.weights)
         offset = 0
         for p in movable:
             assert self.weights is not None
-            p.data = self.weights.as_strided(p.shape, p.stride(), offset).copy_(p)
+            memory.move(p, self.weights, offset)
             offset += self._tiles_of(p) * self.tile
         self.note_places()
+
+    def share_weights(self, earlier: Iterable[Bucket]) -> None:
+        """Take over the buffer of an earlier bucket, if the first parameter lives in it."""
+        place = self.params[0].data_ptr()
+        for weights in [bucket.weights for bucket in earlier if bucket.weights is not None]:
+            if (weights.device, weights.dtype) == (
+                self.device,
+                self.dtype,
+            ) and 0 <= place - weights.data_ptr() < weights.nbytes:
+                self.weights = weights
 
     def note_places(self) -> None:
         """Remember where each parameter is now."""
         for segment in self.segments:
             segment.place = place_of(segment.param)
-        self.addresses = list(map(Tensor.data_ptr, self.params))
-        self._strides = list(map(Tensor.stride, self.params))
-        self._sizes = list(map(Tensor.numel, self.params))
-        self._contiguous = all(map(Tensor.is_contiguous, self.params))
+        self._places = list(map(Tensor.data_ptr, self.params))
+        self.addresses = list(map(Tensor.data_ptr, self.tensors)) if self._gaps else self._places
+        self._strides = list(map(Tensor.stride, self.tensors))
+        self._sizes = list(map(Tensor.numel, self.tensors))
+        self._contiguous = all(map(Tensor.is_contiguous, self.tensors))
+
+    def read_gaps(self) -> None:
+        """Bring the dense copies of parameters with gaps up to date, before an update."""
+        if self._gaps:
+            foreach_copy_(self._dense, [self.params[i] for i in self._gaps])
+
+    def write_gaps(self, gradients: Sequence[Tensor | None]) -> None:
+        """Write the dense copies of those with a gradient back to their parameters, after an update."""
+        for i in self._gaps:
+            if gradients[i] is not None:
+                self.params[i].copy_(self.tensors[i])
 
     # Every step runs the checks below, so each is a few passes at the speed of C, without a Python call per tensor.
     # They do not notice a new shape at the same address, but the gradient that then comes has that shape too.
@@ -184,10 +200,10 @@ class Bucket:
     @property
     def moved(self) -> bool:
         """Whether a parameter's memory is no longer where it was."""
-        return list(map(Tensor.data_ptr, self.params)) != self.addresses
+        return list(map(Tensor.data_ptr, self.params)) != self._places
 
     def in_order(self, tensors: list[Tensor]) -> bool:
-        """Whether each tensor, one per segment, has the size of its parameter and its elements in the same order.
+        """Whether each tensor, one per segment, has the size of the segment's and its elements in the same order.
 
         Raises:
             RuntimeError: a tensor is sparse and so has no strides.

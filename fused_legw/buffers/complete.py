@@ -68,6 +68,20 @@ def check_complete(label: str, spec: OptimizerSpec, group: Group, values: object
         check_step(group_label, group[STEP])
 
 
+def check_unshared(label: str, spec: OptimizerSpec, values: Mapping[str, Any]) -> None:
+    """Refuse CPU state in memory that other processes share: buffers hold a copy, which they would not see.
+
+    On a GPU every tensor says that it is shared.
+    """
+    for name in (*spec.states, *_counted(spec), MASTER):
+        value = values.get(name)
+        if isinstance(value, torch.Tensor) and value.device.type == "cpu" and value.is_shared():
+            raise ValueError(
+                f"{label}[{name!r}] is in shared memory: the optimizer keeps its state in buffers of its own, so other "
+                "processes would not see its updates; put a clone there"
+            )
+
+
 def check_values(
     label: str, spec: OptimizerSpec, values: Mapping[str, Any], shape: torch.Size, *, master: bool = True
 ) -> None:

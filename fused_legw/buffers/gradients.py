@@ -72,7 +72,7 @@ def _plain(bucket: Bucket, gradients: list[Tensor | None]) -> bool:
         return False
     seen: list[Any] = gradients
     if type(None) in kinds:
-        seen = [p if g is None else g for p, g in zip(bucket.params, gradients, strict=True)]
+        seen = [t if g is None else g for t, g in zip(bucket.tensors, gradients, strict=True)]
     try:
         return (
             bucket.in_order(seen)
@@ -83,17 +83,18 @@ def _plain(bucket: Bucket, gradients: list[Tensor | None]) -> bool:
         return False
 
 
-def in_layout_of(p: Tensor, gradient: Tensor) -> Tensor:
-    """The gradient with its parameter's strides. A copy if it is expanded, transposed, sliced, ..."""
-    if gradient.stride() == p.stride() or (gradient.is_contiguous() and p.is_contiguous()):
+def in_layout_of(tensor: Tensor, gradient: Tensor) -> Tensor:
+    """The gradient with the strides of its segment's tensor. A copy if it is expanded, transposed, sliced, ..."""
+    if gradient.stride() == tensor.stride() or (gradient.is_contiguous() and tensor.is_contiguous()):
         return gradient
-    return torch.empty_strided(p.shape, p.stride(), dtype=gradient.dtype, device=gradient.device).copy_(gradient)
+    shape, strides = tensor.shape, tensor.stride()
+    return torch.empty_strided(shape, strides, dtype=gradient.dtype, device=gradient.device).copy_(gradient)
 
 
 class GradientSet(NamedTuple):
     """The gradients that one step uses."""
 
-    by_bucket: list[list[Tensor | None]]  # an entry per segment, in its parameter's layout; None: it does not move
+    by_bucket: list[list[Tensor | None]]  # an entry per segment, in its tensor's layout; None: it does not move
     moving: list[Tensor]  # the parameters with a gradient
     generation: int  # grows by one whenever the layout differs from the last step's
 
@@ -156,5 +157,5 @@ class GradientReader:
         for segment, g in zip(bucket.segments, raw, strict=True):
             segment.requested |= g is not None and segment.group in frozen
             moves = g is not None and segment.group not in frozen
-            gradients.append(in_layout_of(segment.param, g) if moves and g is not None else None)
+            gradients.append(in_layout_of(segment.tensor, g) if moves and g is not None else None)
         return gradients

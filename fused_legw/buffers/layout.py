@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+import operator
+from collections.abc import Collection, Sequence
+from itertools import repeat
 
 import torch
 from torch import Tensor
 
+from ..checks import is_unmade
 from ..spec import Group, OptimizerSpec
+from . import memory
 from .bucket import MASTER, Bucket, compute_dtype
 from .gradients import GradientReader
 from .same import Same
 from .state import State, StateViews
+
+_REQUIRES_GRAD, _GRADIENT = operator.attrgetter("requires_grad"), operator.attrgetter("grad")
 
 
 def named_params(groups: list[Group]) -> list[tuple[str, Tensor, int]]:
@@ -32,6 +38,8 @@ class Layout:
         groups: list[Group],
         state: State,
         *,
+        let_be: Sequence[Tensor],
+        made: int,
         on_host: Collection[torch.device],
         flatten: bool,
         master_weights: bool,
@@ -41,19 +49,29 @@ class Layout:
         """Build the buckets.
 
         groups, state: the optimizer's param groups and state.
+        let_be: parameters without a segment, because they can get no gradient as they are.
+        made: when the optimizer was made, by `memory.now`.
         on_host: the devices whose tables and counts the host keeps, because ATen runs their steps.
         previous: the layout that this one replaces.
         """
         self._groups = groups
         self._note_groups()
+        self._unmade = [p for p in let_be if is_unmade(p)]
+        self._idle = [p for p in let_be if not is_unmade(p)]
         keyed: dict[tuple[torch.device, torch.dtype], list[tuple[Tensor, int]]] = {}
+        passed_over = set(map(id, let_be))
         for _, p, group in named_params(groups):
+            if id(p) in passed_over:
+                continue
             keyed.setdefault((p.device, p.dtype), []).append((p, group))
         steps: dict[Tensor, int] = previous.views.steps(state) if previous else {}
         self.buckets: list[Bucket] = []
         for (device, dtype), params in keyed.items():
             bucket = Bucket(params, tile, torch.device("cpu") if device in on_host else device)
-            bucket.adopt(flatten=flatten)
+            stays = [not flatten or memory.taken_out_since(p, made) or not memory.may_move(p) for p in bucket.params]
+            bucket.adopt([p for p, stay in zip(bucket.params, stays, strict=True) if not stay])
+            if bucket.weights is None and previous:
+                bucket.share_weights(previous.buckets)
             if master_weights and compute_dtype(dtype) != dtype:
                 bucket.add_state(MASTER)
             if spec.counts_steps:
@@ -61,11 +79,6 @@ class Layout:
             self.buckets.append(bucket)
         self.views: StateViews = StateViews(spec, groups, state, self.buckets, steps)
         self.gradients = GradientReader(spec, groups, self.buckets, self.views)
-        # The weight buffers, of this and earlier layouts, in which a parameter still lives.
-        made = [bucket.weights for bucket in self.buckets if bucket.weights is not None]
-        made += previous._weights if previous else []
-        in_use = {p.untyped_storage().data_ptr() for _, p, _ in named_params(groups)}
-        self._weights: list[Tensor] = [weights for weights in made if weights.data_ptr() in in_use]
 
     @property
     def devices(self) -> set[torch.device]:
@@ -86,6 +99,12 @@ class Layout:
                 return True
         if any(bucket.moved for bucket in self.buckets) or self.views.changed(state):
             return True
+        if self._unmade and not all(map(is_unmade, self._unmade)):
+            return True
+        if self._idle and (
+            any(map(_REQUIRES_GRAD, self._idle)) or any(map(operator.is_not, map(_GRADIENT, self._idle), repeat(None)))
+        ):
+            return True
         return thorough and any(segment.moved for bucket in self.buckets for segment in bucket.segments)
 
     def follow(self) -> None:
@@ -93,11 +112,8 @@ class Layout:
         self._note_groups()
 
     def unflatten(self) -> None:
-        """Give every parameter in a weight buffer, of this or an earlier layout, a storage of its own."""
-        made = {weights.data_ptr() for weights in self._weights}
+        """Give every parameter that lives in a buffer, of this optimizer or another, an ordinary storage."""
         for bucket in self.buckets:
-            for p in bucket.params:
-                if p.untyped_storage().data_ptr() in made:
-                    p.data = p.data.clone(memory_format=torch.preserve_format)
+            memory.unflatten(bucket.params)
+            bucket.weights = None
             bucket.note_places()
-        self._weights = []

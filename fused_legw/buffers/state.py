@@ -44,6 +44,8 @@ class StateViews:
         self._dicts = Same()  # its keys and dicts
         self._values = Same()  # the values of these dicts
         self._value_views = list[ValuesView[object]]()  # live views of the dicts' values
+        self._shown = list[Tensor]()  # the views that `state` holds
+        self._places = list[int]()  # their addresses
         for group in groups:
             self._take_group_step(group)
         for bucket in buckets:
@@ -74,8 +76,13 @@ class StateViews:
             for name, view in segment.state.items():
                 if state.get(name) is not None:
                     state[name] = view if name == STEP else view.copy_(state[name])
-                    segment.shown.add(name)
+                    self._note(segment, name)
         bucket.set_steps(counted)
+
+    def _note(self, segment: Segment, name: str) -> None:
+        segment.shown.add(name)
+        self._shown.append(segment.state[name])
+        self._places.append(segment.state[name].data_ptr())
 
     def _counted(self, state: dict[str, Any]) -> int:
         """The update count of a state from elsewhere. SGD's state only shows whether there was any update."""
@@ -91,12 +98,13 @@ class StateViews:
                 bucket.add_state(name)
         for name in (*names, MASTER):
             if name in segment.state and name not in segment.shown:
-                segment.shown.add(name)
+                self._note(segment, name)
                 self._state[segment.param][name] = segment.state[name]
 
     def changed(self, state: State) -> bool:
         """Whether other code changed the optimizer's state. Compares entries only if some object was replaced."""
-        if state is not self._state:
+        # Addresses, because other code may give a view other memory: `view.data = ...`, `view.share_memory_()`.
+        if state is not self._state or list(map(Tensor.data_ptr, self._shown)) != self._places:
             return True
         dicts = [*state, *state.values()]
         if self._dicts.holds(dicts) and self._values.holds([*chain.from_iterable(self._value_views)]):
@@ -131,11 +139,12 @@ class StateViews:
 
     def steps(self, state: State) -> dict[Tensor, int]:
         """The update counts of all parameters whose `state` is still our views. Reads the device."""
+        moved = {id(x) for x, place in zip(self._shown, self._places, strict=True) if x.data_ptr() != place}
         return {
             segment.param: count
             for bucket in self._buckets
             for segment, count in zip(bucket.segments, bucket.exact_steps(), strict=True)
-            if not self._entries_changed(segment, state)
+            if not self._entries_changed(segment, state) and moved.isdisjoint(map(id, segment.state.values()))
         }
 
     def fresh(self, *, include_requested: bool = True) -> set[Tensor]:

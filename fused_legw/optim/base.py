@@ -14,21 +14,14 @@ from ..backends.base import StepControl
 from ..backends.engine import Engine
 from ..buffers.gradients import GradientSet
 from ..buffers.layout import Layout, named_params
-from ..checks import count
 from ..schedules.base import Schedule
-from ..spec import Group, OptimizerSpec, group_lr, python_numbers
+from ..spec import Group, OptimizerSpec, python_numbers
 from ..torch_private import has_scheduler
 from . import checkpoint
-from .options import (
-    CheckedOptions,
-    ShownLR,
-    check_params,
-    check_place,
-    check_written_lr,
-    driven_twice,
-    overwritten,
-)
+from .options import ShownLR, check_params, check_place, check_written_lr, driven_twice, overwritten
+from .place import PlaceInSchedule
 from .reports import StepReports
+from .run import OptimizerState, Run
 
 
 class CommonOptions(TypedDict, total=False):
@@ -41,7 +34,7 @@ class CommonOptions(TypedDict, total=False):
     tile: int
 
 
-class FusedOptimizer(StepReports, torch.optim.Optimizer):
+class FusedOptimizer(PlaceInSchedule, StepReports, torch.optim.Optimizer):
     """Base class of the fused optimizers: everything but the update itself.
 
     A group that follows a schedule holds it in `param_groups[i]["schedule"]`, where it can be replaced. The group's
@@ -67,7 +60,6 @@ class FusedOptimizer(StepReports, torch.optim.Optimizer):
     """
 
     _spec: OptimizerSpec
-    _takes_scale = _finds_nonfinite = False  # our GradScaler sets them for one step
 
     def __init__(
         self,
@@ -84,29 +76,23 @@ class FusedOptimizer(StepReports, torch.optim.Optimizer):
         tile = checks.plain(tile)
         if not isinstance(tile, int) or tile < 16 or tile & (tile - 1):
             raise ValueError(f"tile must be a power of two, 16 or more, got {tile!r}")
-        options = dict(flatten=flatten, master_weights=master_weights, carry_norms=carry_norms)
+        options: dict[str, Any] = dict(flatten=flatten, master_weights=master_weights, carry_norms=carry_norms)
         for name, flag in {**options, "skip_nonfinite": skip_nonfinite}.items():
             checks.check_flag(name, flag)
         if carry_norms and not self._spec.carries:
             raise TypeError(f"carry_norms=True: {type(self).__name__} has no norms to carry over, only LARS has")
         defaults = python_numbers({**defaults, "schedule": None})
         self._check_made(dict(defaults))
-        self._options: dict[str, Any] = {"backend": backend, **options, "tile": tile}
-        self.skip_nonfinite = skip_nonfinite
-        self._layout: Layout | None = None
-        self._engine: Engine | None = None
-        self._shown = ShownLR()
-        self._host_steps = 0  # steps_applied as far as the host knows without reading a device
-        self._steps_given = False  # whether the user has set steps_applied
-        self._checked = CheckedOptions(self._spec, defaults)
-        self._clips = -1, False  # the options' generation, and whether any group clips in it
+        options = {"backend": backend, **options, "tile": tile}
+        self._run = Run(self._spec, defaults, options, skip_nonfinite=skip_nonfinite)
         super().__init__(params, defaults)
+        self.state = OptimizerState(self._run)
         self.register_state_dict_post_hook(checkpoint.pack)  # type: ignore[arg-type]
         self._adopt()
 
     @property
     def _step_supports_amp_scaling(self) -> bool:
-        return self._takes_scale or bool(self.defaults.get("fused"))
+        return self._run.takes_scale or bool(self.defaults.get("fused"))
 
     # Param groups and the learning rate
 
@@ -122,14 +108,23 @@ class FusedOptimizer(StepReports, torch.optim.Optimizer):
             with checks.naming(f"param_groups[{len(self.param_groups) - 1}]"):
                 self._check_made(group)
             self._spec.complete(group)
-            if self._layout is not None:
+            if self._run.adopts:
                 check_place([group], self.steps_applied)
-                check_params(self._spec, self.param_groups, self.state, self._options["backend"], self._layout)
+                check_params(self._spec, self.param_groups, self.state, self._run.options["backend"], self._run.layout)
         except BaseException:
             self.param_groups.pop()
             raise
-        if self._layout is not None:
+        if self._run.adopts:
             self._adopt()
+
+    @property
+    def skip_nonfinite(self) -> bool:
+        """Whether a step with a gradient that is not finite is skipped. Can be set."""
+        return self._run.skip_nonfinite
+
+    @skip_nonfinite.setter
+    def skip_nonfinite(self, value: bool) -> None:
+        self._run.skip_nonfinite = value
 
     def _check_made(self, group: Group) -> None:
         """Check the options of a new group, and move a schedule from its "lr" to its "schedule"."""
@@ -139,84 +134,12 @@ class FusedOptimizer(StepReports, torch.optim.Optimizer):
         self._spec.check(group)
         self._spec.check_made(group)
 
-    @property
-    def steps_applied(self) -> int:
-        """Updates applied so far: the schedule's t for the next update. Reads the device; can be set.
-
-        Raises:
-            ValueError: set to no integer, zero or more, or to an update before the last batch change.
-        """
-        devices = self._engine.devices if self._engine else []
-        return int(devices[0].step_counts[0]) if devices else self._host_steps
-
-    @steps_applied.setter
-    def steps_applied(self, value: int) -> None:
-        value = count("steps_applied", value, zero=True)
-        check_place(self.param_groups, value)
-        for device in self._engine.devices if self._engine else ():
-            device.step_counts[0] = value
-        self._host_steps, self._steps_given = value, True
-        self._shown.show(self.param_groups, value)
-
-    def set_batch_size(self, batch_size: int, *, steps_per_epoch: float | None = None) -> None:
-        """Continue at another batch size, in every group with a schedule: see `LEGW.change_batch_size`.
-
-        The warm-up continues by updates and never restarts. The decay continues by epochs. The peak LR becomes that of
-        the new batch. Nothing is compiled or captured again, but captured CUDA graphs need `upload_param_groups()`.
-        Reads the device, unless this is the current batch.
-
-        Args:
-            batch_size: the global batch of the updates that follow, in samples.
-            steps_per_epoch: updates per epoch at that batch, as in `LEGW`.
-
-        Raises:
-            ValueError: the schedule refuses the batch size, or no group has a schedule; nothing has changed.
-            RuntimeError: the call is inside a graph capture.
-
-        >>> import torch
-        >>> from fused_legw import LEGW, SGD
-        >>> schedule = LEGW(0.1, 16, 0.5, batch_size=64, dataset_size=1280)
-        >>> optimizer = SGD(torch.nn.Linear(4, 2).parameters(), lr=schedule)
-        >>> optimizer.set_batch_size(256)
-        >>> optimizer.param_groups[0]["schedule"].peak_lr / schedule.peak_lr
-        2.0
-        """
-        batch_size = count("batch_size", batch_size)
-        scheduled = [group for group in self.param_groups if group["schedule"] is not None]
-        if not scheduled:
-            raise ValueError(
-                f"batch_size={batch_size}: no param group follows a schedule, set param_groups[i]['schedule']"
-            )
-        if self._engine is not None and self._engine.capturing:
-            raise RuntimeError(f"set_batch_size({batch_size}) was called in a graph capture: call it outside")
-        # Keyed by identity, so that groups that share a schedule share the new one.
-        schedules: dict[int, Schedule] = {id(group["schedule"]): group["schedule"] for group in scheduled}
-        changing = {key: s for key, s in schedules.items() if not s.has_batch(batch_size, steps_per_epoch)}
-        if not changing:
-            return
-        t = self.steps_applied
-        changed = {
-            key: schedule.change_batch_size(t, batch_size, steps_per_epoch=steps_per_epoch)
-            for key, schedule in changing.items()
-        }
-        fits = self._layout is not None and not self._layout.stale(self.param_groups, self.state)
-        for group in scheduled:
-            if (key := id(group["schedule"])) in changed:
-                group["schedule"] = changing[key].become(changed[key])
-        if self._layout is not None and fits:
-            self._layout.follow()
-
-    def get_last_lr(self) -> list[float]:
-        """Each group's exact LR at the last applied update; before any, at the first. Reads the device."""
-        t = max(self.steps_applied - 1, 0)
-        return [group_lr(group, t) for group in self.param_groups]
-
     def _check_groups(self) -> set[int]:
         """Check the groups' options. Returns the scheduled groups whose "lr" was set to 0.
 
         torch.distributed.checkpoint does that to create optimizer state: such groups get state and do not move.
         """
-        self._checked.check(self.param_groups)
+        self._run.checked.check(self.param_groups)
         scheduler, frozen = has_scheduler(self.step), set[int]()
         for i, group in enumerate(self.param_groups):
             lr = group["lr"]
@@ -224,7 +147,7 @@ class FusedOptimizer(StepReports, torch.optim.Optimizer):
                 check_written_lr(f"param_groups[{i}]", lr)
             if scheduler and group["schedule"] is not None:
                 raise driven_twice(i, group)
-            if self._shown.overwritten(group):
+            if self._run.shown.overwritten(group):
                 if lr != 0:
                     raise overwritten(i, group)
                 frozen.add(i)
@@ -236,29 +159,47 @@ class FusedOptimizer(StepReports, torch.optim.Optimizer):
     @torch.no_grad()
     def _adopt(self, steps_applied: int | None = None) -> None:
         """(Re)build the flat buffers from the current parameters and `self.state`."""
-        options = dict(self._options)
-        backends = check_params(self._spec, self.param_groups, self.state, options.pop("backend"), self._layout)
+        run = self._run
+        options = dict(run.options)
+        backends, let_be = check_params(self._spec, self.param_groups, self.state, options.pop("backend"), run.layout)
         steps = self.steps_applied if steps_applied is None else steps_applied
         check_place(self.param_groups, steps)
         carry_norms = options.pop("carry_norms")
         on_host = [device for device, name in backends.items() if name == "aten"]
-        self._layout = Layout(
-            self._spec, self.param_groups, self.state, on_host=on_host, **options, previous=self._layout
+        skipped = run.engine.steps_skipped() if run.engine else run.steps_skipped
+        run.layout = Layout(
+            self._spec,
+            self.param_groups,
+            self.state,
+            let_be=let_be,
+            made=run.made,
+            on_host=on_host,
+            **options,
+            previous=run.layout,
         )
-        self._engine = Engine(self._spec, self._layout, backends, steps, carry_norms=carry_norms, previous=self._engine)
-        self._shown.show(self.param_groups, self._host_steps)
+        run.engine = Engine(
+            self._spec,
+            run.layout,
+            backends,
+            steps,
+            carry_norms=carry_norms,
+            steps_skipped=skipped,
+            previous=run.engine,
+        )
+        run.adopts = True
+        run.shown.show(self.param_groups, run.host_steps)
 
     @torch.no_grad()
     def unflatten(self) -> None:
         """Give every parameter a storage of its own. State stays flat, and later steps work as before."""
-        self._options["flatten"] = False
-        if self._layout is not None:
-            self._layout.unflatten()
+        self._run.options["flatten"] = False
+        if self._run.layout is not None:
+            self._run.layout.unflatten()
 
     @property
     def backend(self) -> str:
         """The backend that runs steps: "triton", "aten", or "aten+triton" where devices differ."""
-        devices = self._engine.devices if self._engine else []
+        devices = self._run.engine.devices if self._run.engine else []
         return "+".join(sorted({device.name for device in devices}))
 
     # The step
@@ -288,46 +229,51 @@ class FusedOptimizer(StepReports, torch.optim.Optimizer):
 
     def _read_gradients(self, frozen: set[int]) -> GradientSet:
         """The gradients that this step uses. Raises for one that cannot be used."""
-        found = self._current_layout().gradients.read(frozen, self._checked.generation)
+        found = self._current_layout().gradients.read(frozen, self._run.checked.generation)
         if found is None:
             for name, p, _ in named_params(self.param_groups):
                 checks.check_gradient(name, p)
             gradients = self._current_layout(thorough=True).gradients
-            found = gradients.read(frozen, self._checked.generation, checked=True)
+            found = gradients.read(frozen, self._run.checked.generation, checked=True)
             assert found is not None
         return found
 
     def _current_layout(self, *, thorough: bool = False) -> Layout:
         """The flat buffers, rebuilt if parameters, state or schedules were replaced or moved."""
-        assert self._layout is not None
-        if self._layout.stale(self.param_groups, self.state, thorough=thorough):
-            capture.refuse(self._layout.devices, "a parameter, its state or a schedule was replaced")
+        layout = self._run.layout
+        if layout is None or layout.stale(self.param_groups, self.state, thorough=thorough):
+            if layout is not None:
+                capture.refuse(layout.devices, "a parameter, its state or a schedule was replaced")
             self._adopt()
-        return self._layout
+            layout = self._run.layout
+            assert layout is not None
+        return layout
 
     def _update(self, found: GradientSet, frozen: set[int]) -> None:
-        assert self._engine is not None
+        run, engine = self._run, self._run.engine
+        assert engine is not None
         scheduled = {i for i, group in enumerate(self.param_groups) if group["schedule"] is not None}
-        if self._clips[0] != self._checked.generation:
-            self._clips = self._checked.generation, self._spec.clips(self.param_groups)
+        if run.clips[0] != run.checked.generation:
+            run.clips = run.checked.generation, self._spec.clips(self.param_groups)
         control = StepControl(
-            clips=self._clips[1],
-            skips=self.skip_nonfinite or self._finds_nonfinite,
+            clips=run.clips[1],
+            skips=run.skip_nonfinite or run.finds_nonfinite,
             counts_step=not scheduled or not scheduled <= frozen,
             grad_scale=getattr(self, "grad_scale", None),
-            found_inf=None if self._finds_nonfinite else getattr(self, "found_inf", None),
+            found_inf=None if run.finds_nonfinite else getattr(self, "found_inf", None),
         )
-        recorded = self._engine.step(self.param_groups, found, control, self._checked.generation)
+        recorded = engine.step(self.param_groups, found, control, run.checked.generation)
         if control.counts_step and not recorded:
-            self._host_steps = self.steps_applied if self._engine.counts_on_host else self._host_steps + 1
-            self._shown.show(self.param_groups, self._host_steps)
+            run.host_steps = self.steps_applied if engine.counts_on_host else run.host_steps + 1
+            run.shown.show(self.param_groups, run.host_steps)
 
     def _find_nonfinite(self) -> dict[torch.device, Tensor]:
         """Make the next step skip itself if a gradient is not finite. Returns the flag that it writes, per device."""
         self._current_layout()
-        assert self._engine is not None
-        self._finds_nonfinite = True
-        return {device.device: device.nonfinite.zero_() for device in self._engine.devices}
+        assert self._run.engine is not None
+        devices = self._run.engine.devices
+        self._run.finds_nonfinite = True
+        return {device.device: device.nonfinite.zero_() for device in devices}
 
     @torch.no_grad()
     def upload_param_groups(self) -> None:
@@ -338,24 +284,24 @@ class FusedOptimizer(StepReports, torch.optim.Optimizer):
         Raises:
             RuntimeError: a graph cannot follow the change: another schedule, other parameters, or new state.
         """
-        assert self._layout is not None and self._engine is not None
         self._check_groups()
-        if self._layout.stale(self.param_groups, self.state):
+        layout, engine = self._run.layout, self._run.engine
+        if layout is None or engine is None or layout.stale(self.param_groups, self.state):
             raise RuntimeError("a parameter, its state or a schedule was replaced: make a step, then capture it again")
-        self._engine.write_groups(self.param_groups)
+        engine.write_groups(self.param_groups)
 
     def weights_changed(self) -> None:
         """Tell LARS with carry_norms=True that weights changed in a way that it cannot notice: see `LARS`."""
-        if self._engine is not None:
-            self._engine.weights_changed()
+        if self._run.engine is not None:
+            self._run.engine.weights_changed()
 
     # Checkpoints and copies
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def state_dict(self) -> dict[str, Any]:
         """As in torch.optim, with each group's schedule and `steps_applied`. Reads the device."""
-        self._host_steps = self.steps_applied
-        self._shown.show(self.param_groups, self._host_steps)
+        self._run.host_steps = self.steps_applied
+        self._run.shown.show(self.param_groups, self._run.host_steps)
         return super().state_dict()
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
@@ -384,17 +330,26 @@ class FusedOptimizer(StepReports, torch.optim.Optimizer):
     def __setstate__(self, state: dict[str, Any]) -> None:
         """load_state_dict calls this with state and param_groups; copying and unpickling, with everything."""
         state = dict(state)
-        copied = "_options" in state
+        made = state.pop("_made", None)  # what `checkpoint.pickled` adds
         steps_applied = checkpoint.steps_applied_of(state)
-        followed = [] if copied else [group["schedule"] for group in self.param_groups]
-        super().__setstate__({**state, "state": checkpoint.unbox(state["state"])})
-        for group, schedule in zip(self.param_groups, followed, strict=False):
-            if schedule is not None and group["schedule"] is not None:
-                group["schedule"] = schedule.become(group["schedule"])
-        if copied:
-            self._layout, self._engine, self._host_steps, self._steps_given = None, None, 0, False
-            self._checked, self._clips = CheckedOptions(self._spec, self.defaults), (-1, False)
+        state["state"] = checkpoint.unbox(state["state"])
+        if made is None:
+            followed, held = [group["schedule"] for group in self.param_groups], (self.param_groups, self.state)
+            super().__setstate__(state)
+            for group, schedule in zip(self.param_groups, followed, strict=False):
+                if schedule is not None and group["schedule"] is not None:
+                    group["schedule"] = schedule.become(group["schedule"])
+        else:
+            super().__setstate__(state)
+            self._run = Run(self._spec, self.defaults, **made)
+            held = [], OptimizerState(self._run)
             self.register_state_dict_post_hook(checkpoint.pack)  # type: ignore[arg-type]
-        self._shown = ShownLR()
-        self._host_steps = self.steps_applied if steps_applied is None else steps_applied
-        self._adopt(self._host_steps)
+        # In place, because a wrapper may hold the same list and dict.
+        dict.clear(held[1])
+        held[1].update(self.state)
+        held[0][:] = self.param_groups
+        self.param_groups, self.state = held
+        run = self._run
+        run.shown = ShownLR()
+        run.host_steps = self.steps_applied if steps_applied is None else steps_applied
+        self._adopt(run.host_steps)

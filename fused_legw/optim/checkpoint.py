@@ -69,7 +69,7 @@ def pack(optimizer: Any, state_dict: StateDict) -> StateDict:
         for group in state_dict["param_groups"]
     ]
     # Leave out state that was allocated but never updated, because the first step was skipped on the device.
-    fresh = optimizer._layout.views.fresh(include_requested=False) if optimizer._layout else set()
+    fresh = optimizer._run.layout.views.fresh(include_requested=False) if optimizer._run.layout else set()
     params = dict(enumerate(p for group in optimizer.param_groups for p in group["params"]))
     state = _own_storages(optimizer, state_dict["state"], params, fresh)
     return {**state_dict, "state": state, "param_groups": groups}
@@ -98,7 +98,7 @@ def unpack(optimizer: Any, state_dict: StateDict) -> StateDict:
         optimizer._spec.complete(group)
     _check_steps(optimizer, groups)
     as_loaded = [{**live, "lr": group["lr"]} for group, live in zip(groups, optimizer.param_groups, strict=True)]
-    check_params(optimizer._spec, as_loaded, {}, optimizer._options["backend"])
+    check_params(optimizer._spec, as_loaded, {}, optimizer._run.options["backend"])
     return {**state_dict, "state": _unpacked_state(optimizer, groups, state_dict["state"]), "param_groups": groups}
 
 
@@ -131,7 +131,7 @@ def _check_steps(optimizer: Any, groups: list[dict[str, Any]]) -> None:
         raise ValueError(f"steps_applied must be the same in every param group, got {steps}")
     given = steps[0] if steps else None
     if given is None:
-        if any(group["schedule"] is not None for group in groups) and not optimizer._steps_given:
+        if any(group["schedule"] is not None for group in groups) and not optimizer._run.steps_given:
             raise ValueError(
                 "the state dict has no 'steps_applied', so its place in the schedule is unknown: "
                 "set optimizer.steps_applied to the number of updates made so far, then load it"
@@ -146,19 +146,24 @@ def unbox(state: dict[Any, Any]) -> defaultdict[Any, dict[str, Any]]:
     unboxed = defaultdict[Any, dict[str, Any]](dict, state)
     for key, values in state.items():
         if isinstance(key, Tensor) and isinstance(values, dict):
-            unboxed[key] = {name: x.value if isinstance(x, _Kept) else x for name, x in values.items()}
+            own = {name: x.value if isinstance(x, _Kept) else x for name, x in values.items()}
+            # Copied now, because state in shared memory that is set by hand is refused.
+            unboxed[key] = {name: x.clone() if _shared(x) else x for name, x in own.items()}
     return unboxed
+
+
+def _shared(value: Any) -> bool:
+    return isinstance(value, Tensor) and value.device.type == "cpu" and value.is_shared()
 
 
 def pickled(optimizer: Any, state: dict[str, Any]) -> dict[str, Any]:
     """The attributes that copies and pickles of an optimizer keep. state: torch's."""
-    fresh = optimizer._layout.views.fresh() if optimizer._layout else set()
+    fresh = optimizer._run.layout.views.fresh() if optimizer._run.layout else set()
     params = {p: p for group in optimizer.param_groups for p in group["params"]}
     return {
         **state,
         "state": _own_storages(optimizer, optimizer.state, params, fresh),
-        "_options": optimizer._options,
-        "skip_nonfinite": optimizer.skip_nonfinite,
+        "_made": dict(options=optimizer._run.options, skip_nonfinite=optimizer.skip_nonfinite),
         "_steps_applied": optimizer.steps_applied,
     }
 

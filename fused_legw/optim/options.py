@@ -5,14 +5,14 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Sequence
 from itertools import repeat
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from .. import checks
 from ..backends.select import explain_backend
-from ..buffers.complete import check_complete, check_values
+from ..buffers.complete import check_complete, check_unshared, check_values
 from ..buffers.layout import Layout, named_params
 from ..buffers.same import Same
 from ..buffers.state import State
@@ -66,30 +66,49 @@ def check_place(groups: Iterable[Group], steps_applied: int) -> None:
             )
 
 
+class Admitted(NamedTuple):
+    """What `check_params` found."""
+
+    backends: dict[torch.device, str]  # the name of each device's backend
+    let_be: list[Tensor]  # parameters that no update could write, but that need none as they are
+
+
 def check_params(
     spec: OptimizerSpec,
     groups: list[Group],
     state: State,
     backend: str | None,
     layout: Layout | None = None,
-) -> dict[torch.device, str]:
-    """Raise for parameters, LRs or state that cannot be used. Returns the name of each device's backend.
+) -> Admitted:
+    """Raise for parameters, LRs or state that cannot be used.
 
     layout: the one so far. A master may misfit where its weight was replaced since, because the user never made it.
     """
     shapes = layout.views.shapes if layout is not None else {}
-    named = named_params(groups)
-    for name, p, group in named:
-        checks.check_parameter(name, p)
-        if spec.projects:
-            checks.check_rows(name, p)
+    admitted, let_be = list[tuple[str, Tensor]](), list[Tensor]()
+    for name, p, group in named_params(groups):
+        if checks.is_unmade(p):
+            let_be.append(p)
+            continue
+        try:
+            checks.check_parameter(name, p)
+            if spec.projects:
+                checks.check_rows(name, p)
+        except (TypeError, ValueError, RuntimeError):
+            if not checks.may_be_left(p):
+                raise
+            let_be.append(p)
+            continue
+        admitted.append((name, p))
         checks.check_lr(groups[group]["lr"], name, p)
         own = state.get(p, {})
         check_complete(f"the state of {name}", spec, groups[group], own, f"param_groups[{group}]")
+        check_unshared(f"the state of {name}: ", spec, own)
         check_values(f"the state of {name}: ", spec, own, p.shape, master=shapes.get(p) == p.shape)
-    chosen = {device: explain_backend(device, backend)[0] for device in dict.fromkeys(p.device for _, p, _ in named)}
-    checks.check_overlaps([(name, p) for name, p, _ in named])
-    return chosen
+    let_be += checks.overlapping(admitted)
+    left = set(map(id, let_be))
+    devices = dict.fromkeys(p.device for _, p in admitted if id(p) not in left)
+    return Admitted({device: explain_backend(device, backend)[0] for device in devices}, let_be)
 
 
 class CheckedOptions:

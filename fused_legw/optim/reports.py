@@ -5,19 +5,18 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..backends.engine import Engine
 from ..spec import OptimizerSpec
+from .run import Run
 
 
 class StepReports:
     """Norms, trust ratios and skipped steps, as tensors on the device. Nothing here waits for it."""
 
     _spec: OptimizerSpec
-    _engine: Engine | None
+    _run: Run
 
     def _norms(self, kind: str, label: str) -> dict[Tensor, Tensor]:
-        assert self._engine is not None
-        found = self._engine.norms(kind)
+        found = self._run.engine.norms(kind) if self._run.engine else None
         if found is None:
             raise RuntimeError(f"{label} are not known: {type(self).__name__} has made no step that takes them")
         return found
@@ -77,5 +76,7 @@ class StepReports:
 
         torch.amp.GradScaler, without fused=True, calls no `step` for these: then they are not counted.
         """
-        devices = self._engine.devices if self._engine else []
-        return devices[0].step_counts[1] if devices else torch.zeros((), dtype=torch.int64)
+        devices = self._run.engine.devices if self._run.engine else []
+        if devices:
+            return devices[0].step_counts[1]
+        return torch.tensor(max(self._run.steps_skipped.values(), default=0), dtype=torch.int64, device="cpu")

@@ -57,11 +57,11 @@ class GradScaler(torch.amp.GradScaler):
     def step(self, optimizer: torch.optim.Optimizer, *args: Any, **kwargs: Any) -> float | None:
         """As in torch.amp.GradScaler. Removes the scale from the optimizer even after an error."""
         if isinstance(optimizer, FusedOptimizer):
-            optimizer._takes_scale = self.is_enabled()
+            optimizer._run.takes_scale = self.is_enabled()
         try:
             return super().step(optimizer, *args, **kwargs)
         finally:
             if isinstance(optimizer, FusedOptimizer):
-                optimizer._takes_scale = optimizer._finds_nonfinite = False
+                optimizer._run.takes_scale = optimizer._run.finds_nonfinite = False
                 for name in ("grad_scale", "found_inf"):
                     vars(optimizer).pop(name, None)

@@ -197,7 +197,7 @@ class _Twin:
             lr = group["schedule"] or float(group["lr"])
             groups.append({**group, "lr": lr, "params": [copies[id(p)] for p in group["params"]]})
         # All options of the fused optimizer: the twin ignores those about layout. Schedules go to it as `lr`.
-        options = {**optimizer.defaults, **optimizer._options, "skip_nonfinite": optimizer.skip_nonfinite}
+        options = {**optimizer.defaults, **optimizer._run.options, "skip_nonfinite": optimizer.skip_nonfinite}
         del options["schedule"]
         self.optimizer = _twin_class(optimizer)(groups, **options)
         self.optimizer.steps_applied = optimizer.steps_applied

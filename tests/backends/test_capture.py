@@ -94,7 +94,7 @@ def test_a_graph_outlives_a_rebuild(triton_device, monkeypatch):
     sgd.step()
     with capturing(monkeypatch):
         sgd.step()
-    momentum = weakref.ref(sgd._layout.buckets[0].state["momentum_buffer"])
+    momentum = weakref.ref(sgd._run.layout.buckets[0].state["momentum_buffer"])
     sgd.load_state_dict(sgd.state_dict())
     gc.collect()
     assert momentum() is not None
@@ -111,7 +111,7 @@ def test_a_refused_capture_leaves_nothing_behind(triton_device, monkeypatch):
     params[0].grad = torch.ones_like(params[0], dtype=torch.bfloat16)
     with pytest.raises(RuntimeError, match=r"torch\.bfloat16 gradients are new: .*eagerly"), capturing(monkeypatch):
         sgd.step()
-    assert len(sgd._engine.devices[0]._address_tables) == 1
+    assert len(sgd._run.engine.devices[0]._address_tables) == 1
     sgd.step()
     assert sgd.steps_applied == 2
 

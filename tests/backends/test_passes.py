@@ -143,11 +143,11 @@ def test_devices_share_norm_and_decision(triton_device, cls, kinds):
         params = make_params(torch.float32, triton_device, [(20,), (7,)])
         params += make_params(torch.float64, triton_device, [(9,)])
         optimizer = cls(params, lr=legw(Cosine()), max_grad_norm=0.5, skip_nonfinite=True, tile=16, backend="triton")
-        engine = optimizer._engine
+        engine = optimizer._run.engine
         if split:
             engine.devices = [
                 make_backend(kind, optimizer._spec, [bucket], 0)
-                for kind, bucket in zip(kinds.split(), optimizer._layout.buckets, strict=True)
+                for kind, bucket in zip(kinds.split(), optimizer._run.layout.buckets, strict=True)
             ]
         for step in range(4):
             give_gradients(step, params, skip=False)

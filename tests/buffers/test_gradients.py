@@ -175,7 +175,7 @@ def test_a_step_that_fails_leaves_nothing_behind(backend, device, monkeypatch):
             for p in params:
                 p.grad = torch.ones_like(p)
             gone = weakref.ref(params[0].grad)
-            broken.setattr(type(optimizer._engine.devices[0]), name, _fails(gone))
+            broken.setattr(type(optimizer._run.engine.devices[0]), name, _fails(gone))
             with pytest.raises(ZeroDivisionError):
                 optimizer.step()
             broken.undo()

@@ -127,9 +127,9 @@ def test_other_spellings_beside_ours_ride_along(backend, device):
     p, optimizer = made(SGD, device, backend, momentum=0.9)
     mu = torch.ones(3, device=device)
     optimizer.state[p]["mu"] = mu
-    layout = optimizer._layout
+    layout = optimizer._run.layout
     optimizer.step()
-    assert optimizer.state[p]["mu"] is mu and optimizer._layout is layout, "no rebuild"
+    assert optimizer.state[p]["mu"] is mu and optimizer._run.layout is layout, "no rebuild"
     p, optimizer = made(SGD, device, backend)  # without momentum no state is needed
     optimizer.state[p]["mu"] = mu
     optimizer.step()

@@ -58,7 +58,7 @@ def test_more_than_2_to_the_31_elements(triton_device, case):
     weight, gradient = torch.randn(2, PERIOD, device=triton_device).to(dtype)
     params = [_repeat(weight, n).requires_grad_() for n in sizes]
     optimizer = cls(params, lr=0.125, weight_decay=0.1, master_weights=masters, backend="triton", **options)
-    assert len(optimizer._layout.buckets) == 1
+    assert len(optimizer._run.layout.buckets) == 1
     for p in params:
         p.grad = _repeat(gradient, p.numel())
     exact = weight.double().requires_grad_()

@@ -143,7 +143,7 @@ def test_counts_and_ticket(triton_device):
         give_gradients(step, params)
         times = [n + (p.grad is not None) for n, p in zip(times, params, strict=True)]
         optimizer.step()
-    (bucket,), (device,) = optimizer._layout.buckets, optimizer._engine.devices
+    (bucket,), (device,) = optimizer._run.layout.buckets, optimizer._run.engine.devices
     assert bucket.tensor_steps.tolist() == times
     assert device.step_counts.tolist() == [6, 0]
     assert [ticket.item() for _, ticket in device._address_tables.values()] == [0]

@@ -52,17 +52,17 @@ def load():
 
 
 def _check_counts(optimizer, steps: int) -> None:
-    (device,) = optimizer._engine.devices
+    (device,) = optimizer._run.engine.devices
     assert device.step_counts.tolist() == [steps, 0]
-    assert [int(ticket) for _, ticket in device._address_tables.values()] == [0] * len(optimizer._layout.buckets)
-    for bucket in optimizer._layout.buckets:
+    assert [int(ticket) for _, ticket in device._address_tables.values()] == [0] * len(optimizer._run.layout.buckets)
+    for bucket in optimizer._run.layout.buckets:
         assert bucket.exact_steps() == [steps] * len(bucket.params)
 
 
 def _check_weights(optimizer, steps: int) -> None:
     """Every element is the sum of the learning rates, bit for bit; in its master, where it has one."""
     expected = steps * (steps + 1) / 2 / 4096
-    for bucket in optimizer._layout.buckets:
+    for bucket in optimizer._run.layout.buckets:
         exact = [optimizer.state[p].get("master_param", p).detach().flatten() for p in bucket.params]
         wrong = torch.cat(exact) != expected
         assert not wrong.any(), f"{int(wrong.sum())} elements of {bucket.dtype} after {steps} steps"

@@ -175,5 +175,5 @@ def test_a_large_float64_step_counts_exactly(device):
     given = optimizer.state_dict()
     given["state"][0]["step"] = torch.tensor([2.0**25 + 1], dtype=torch.float64)
     optimizer.load_state_dict(given)
-    (bucket,) = optimizer._layout.buckets
+    (bucket,) = optimizer._run.layout.buckets
     assert bucket.exact_steps() == [2**25 + 1]

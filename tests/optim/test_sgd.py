@@ -210,7 +210,7 @@ def test_padding_stays_zero(triton_device):
     for step in range(3):
         give_gradients(step, params)
         optimizer.step()
-    (bucket,) = optimizer._layout.buckets
+    (bucket,) = optimizer._run.layout.buckets
     for flat in (bucket.weights, *bucket.state.values()):
         assert sum((view != 0).sum() for view in [flat]) <= sum(p.numel() for p in params)
 

@@ -177,7 +177,7 @@ def test_the_kernel_follows_and_compiles_nothing(backend, device, launches):
     p = torch.nn.Parameter(torch.zeros(1, dtype=torch.float64, device=device))
     auto = _auto()
     optimizer = SGD([p], lr=auto, backend=backend, tile=16)
-    layout, variants = optimizer._layout, list[set[str]]()
+    layout, variants = optimizer._run.layout, list[set[str]]()
     for t in range(230):
         if t in (60, 200):
             optimizer.set_batch_size(64, steps_per_epoch=24 if t == 60 else 6)
@@ -190,7 +190,7 @@ def test_the_kernel_follows_and_compiles_nothing(backend, device, launches):
         variants.append({repr(launch) for launch in launches})
         assert p.item() == pytest.approx(auto(t), rel=1e-12, abs=1e-300), t
         assert auto(t) == pytest.approx(_expected(t), rel=1e-9) or t >= 150
-    assert optimizer._layout is layout and variants == variants[:1] * 230
+    assert optimizer._run.layout is layout and variants == variants[:1] * 230
     # 5 epochs of 12, then 24 an epoch to update 200, then 6 an epoch for what is left of 60.
     left = 60 - 5 - 140 / 24
     assert auto.constants.end == pytest.approx(200 + 6 * left, rel=1e-12) and auto(math.ceil(200 + 6 * left)) == 0

@@ -86,7 +86,7 @@ def test_the_schedule_is_the_definitions(decay, factor, changes):
 def test_the_optimizer_follows_and_compiles_nothing(backend, device, launches, decay, factor, changes):
     p = torch.nn.Parameter(torch.zeros(1, dtype=torch.float64, device=device))
     optimizer = SGD([p], lr=LEGW(**RECIPE, decay=decay), backend=backend, tile=16)
-    scheduler, layout = FollowSchedule(optimizer), optimizer._layout
+    scheduler, layout = FollowSchedule(optimizer), optimizer._run.layout
     expected, variants = _path(factor, changes, 85), list[set[str]]()
     for t in range(85):
         if t in changes:
@@ -100,7 +100,7 @@ def test_the_optimizer_follows_and_compiles_nothing(backend, device, launches, d
         assert p.item() == pytest.approx(schedule(t), rel=1e-12, abs=1e-300), t
         assert p.item() == pytest.approx(expected[t], rel=1e-9, abs=1e-12), t
         assert optimizer.get_last_lr() == scheduler.get_last_lr() == [schedule(t)] == [optimizer.param_groups[0]["lr"]]
-    assert optimizer._layout is layout and variants == variants[:1] * 85
+    assert optimizer._run.layout is layout and variants == variants[:1] * 85
     assert schedule == _changed(LEGW(**RECIPE, decay=decay), changes)
 
 
