@@ -207,10 +207,14 @@ class FusedOptimizer(PlaceInSchedule, StepReports, torch.optim.Optimizer):
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Update every parameter that has a gradient. Returns the closure's loss, if there is a closure.
 
+        State lives in buffers of the optimizer: a tensor that you put into `optimizer.state[p]` is copied in, and the
+        tensor itself is not updated. On a CPU, state in memory that other processes share is refused.
+
         Raises:
             TypeError, RuntimeError: a gradient cannot be used, because it is sparse or complex, for instance.
             RuntimeError: a group with a schedule has an `lr` that other code or a torch LR scheduler wrote.
-            TypeError, ValueError: an option written to a group is not valid. In all cases nothing has changed.
+            TypeError, ValueError: an option or state that was set by hand is not valid. In all cases nothing has
+                changed.
         """
         return self._step(closure)
 
