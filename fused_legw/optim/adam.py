@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
+from typing_extensions import Unpack  # torch requires it
 
 from legw_kernels.formulas import AdamHyper
 
@@ -16,9 +17,6 @@ from ..schedules.base import Schedule
 from ..spec import Group, OptimizerSpec, hyper_log, hyper_value
 from ..torch_private import fused_adam_, fused_adamw_
 from .base import CommonOptions, FusedOptimizer
-
-if TYPE_CHECKING:
-    from typing_extensions import Unpack
 
 
 class MomentsSpec(OptimizerSpec):

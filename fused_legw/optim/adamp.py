@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
+from typing_extensions import Unpack  # torch requires it
 
 from legw_kernels.formulas import AdamHyper, one_minus_power
 
@@ -18,9 +19,6 @@ from ..spec import Group, hyper_value
 from ..torch_private import foreach_add_, foreach_addcmul_, foreach_div_, foreach_mul, foreach_mul_, foreach_sqrt
 from .adam import MomentsSpec
 from .base import CommonOptions, FusedOptimizer
-
-if TYPE_CHECKING:
-    from typing_extensions import Unpack
 
 
 class AdamPSpec(MomentsSpec):

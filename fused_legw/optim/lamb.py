@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
+from typing_extensions import Unpack  # torch requires it
 
 from legw_kernels import formulas
 from legw_kernels.formulas import AdamHyper
@@ -20,9 +21,6 @@ from ..spec import Group
 from ..torch_private import foreach_add_
 from .adam import MomentsSpec, fused_adam
 from .base import CommonOptions, FusedOptimizer
-
-if TYPE_CHECKING:
-    from typing_extensions import Unpack
 
 
 class LAMBSpec(MomentsSpec):

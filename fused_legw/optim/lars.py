@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
+from typing_extensions import Unpack  # torch requires it
 
 from legw_kernels import formulas
 from legw_kernels.formulas import MomentumHyper
@@ -19,9 +20,6 @@ from ..spec import Group
 from ..torch_private import foreach_add
 from .base import CommonOptions, FusedOptimizer
 from .sgd import SGDSpec, fused_sgd
-
-if TYPE_CHECKING:
-    from typing_extensions import Unpack
 
 _FORMS = {
     "scaled": formulas.SCALED,

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
+from typing_extensions import Unpack  # torch requires it
 
 from legw_kernels.formulas import MomentumHyper
 
@@ -17,9 +18,6 @@ from ..schedules.base import Schedule
 from ..spec import Group, OptimizerSpec, hyper_value
 from ..torch_private import foreach_zero_, fused_sgd_
 from .base import CommonOptions, FusedOptimizer
-
-if TYPE_CHECKING:
-    from typing_extensions import Unpack
 
 
 class SGDSpec(OptimizerSpec):

@@ -26,9 +26,11 @@ class RunLength(NamedTuple):
     clock: Clock  # converts between epochs and updates
 
 
-@dataclass(frozen=True)
 class Decay:
-    """A factor on the peak LR after the warm-up. Its epochs count from the start of training."""
+    """A factor on the peak LR after the warm-up. Its epochs count from the start of training.
+
+    No dataclass, though every decay is one: readers of YAML take a field that is a dataclass for that very class.
+    """
 
     def constants(self, run: RunLength) -> dict[str, float]:
         """The fields of `formulas.ScheduleConstants` that this decay sets, in updates."""

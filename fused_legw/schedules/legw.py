@@ -266,7 +266,7 @@ class LEGW(Schedule):
 
     def to_dict(self) -> dict[str, Any]:
         """The schedule as primitives, for checkpoints and JSON."""
-        decay = {"name": type(self.decay).__name__, **asdict(self.decay)}
+        decay = {"name": type(self.decay).__name__, **vars(self.decay)}
         return {**asdict(self), "decay": decay, "earlier": [list(stretch) for stretch in self.earlier]}
 
     @classmethod
