@@ -125,7 +125,7 @@ def _units(p: Tensor, size: int) -> Tensor:
     addresses = torch.tensor([p.data_ptr()], dtype=torch.int64, device="cpu")
     strides = [stride * p.element_size() for stride in p.stride()]
     for n, stride in [*zip(p.shape, strides, strict=True), (p.element_size() // size, size)]:
-        addresses = (addresses[:, None] + stride * torch.arange(n, device="cpu")).flatten()
+        addresses = (addresses[:, None] + stride * torch.arange(n, dtype=torch.int64, device="cpu")).flatten()
     return addresses
 
 

@@ -120,7 +120,7 @@ class Bucket:
     def show_steps(self) -> None:
         """Give each segment a view of its update count in torch's form: a float32, which stops at 2^24."""
         self.torch_steps = torch.zeros(len(self.segments), dtype=torch.float32, device=self.tensor_steps.device)
-        scalar = torch.empty((), device="meta")
+        scalar = torch.empty((), dtype=torch.float32, device="meta")
         for i, segment in enumerate(self.segments):
             segment.state[STEP] = memory.part(self.torch_steps, i, scalar)
 
