@@ -29,6 +29,11 @@ def _counted(spec: OptimizerSpec) -> tuple[str, ...]:
     return (STEP,) if spec.counts_steps else ()
 
 
+def own_names(spec: OptimizerSpec) -> tuple[str, ...]:
+    """The names in a parameter's state that are not the user's."""
+    return (*spec.states, *_counted(spec), MASTER)
+
+
 def counts_in_group(spec: OptimizerSpec, group: Group, values: Mapping[str, Any]) -> bool:
     """Whether this state has all moments and no `step`, and its group has one, as apex, timm and others keep it."""
     return (
@@ -73,7 +78,7 @@ def check_unshared(label: str, spec: OptimizerSpec, values: Mapping[str, Any]) -
 
     On a GPU every tensor says that it is shared.
     """
-    for name in (*spec.states, *_counted(spec), MASTER):
+    for name in own_names(spec):
         value = values.get(name)
         if isinstance(value, torch.Tensor) and value.device.type == "cpu" and value.is_shared():
             raise ValueError(

@@ -12,8 +12,8 @@ from typing import Any
 
 from torch import Tensor
 
-from ..buffers.bucket import MASTER, STEP
-from ..buffers.complete import check_complete, check_values
+from ..buffers.bucket import STEP
+from ..buffers.complete import check_complete, check_values, own_names
 from ..buffers.layout import named_params
 from ..checks import count, naming
 from ..schedules.autowu import AutoWU
@@ -34,12 +34,6 @@ class _Kept:
     value: Any
 
 
-def _own_names(optimizer: Any) -> tuple[str, ...]:
-    """The names in a parameter's state that are not the user's."""
-    counted = (STEP,) if optimizer._spec.counts_steps else ()
-    return (*optimizer._spec.states, *counted, MASTER)
-
-
 def _own_storages(optimizer: Any, state: dict[Any, Any], params: dict[Any, Tensor], fresh: set[Tensor]) -> StateDict:
     """The state with tensors of parameters copied out of the flat buffers, and "step" on the CPU, as in torch.
 
@@ -52,7 +46,7 @@ def _own_storages(optimizer: Any, state: dict[Any, Any], params: dict[Any, Tenso
         if key not in params or not isinstance(values, dict):
             stored[key] = values
             continue
-        left_out = _own_names(optimizer) if params[key] in fresh else ()
+        left_out = own_names(optimizer._spec) if params[key] in fresh else ()
         own = {name: x.detach().clone() if isinstance(x, Tensor) else packed(x) for name, x in values.items()}
         if isinstance(own.get(STEP), Tensor):
             own[STEP] = own[STEP].cpu()
@@ -106,7 +100,7 @@ def _unpacked_state(optimizer: Any, groups: list[Group], state: StateDict) -> St
     """The state with our own entries hidden from torch, which casts those under other names."""
     keys = [key for group in groups for key in group["params"]]
     places = dict(zip(keys, named_params(optimizer.param_groups), strict=True))
-    own = frozenset(_own_names(optimizer))
+    own = frozenset(own_names(optimizer._spec))
     unpacked = dict[Any, Any]()
     for key, values in state.items():
         if key in places:
